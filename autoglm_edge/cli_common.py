@@ -1,0 +1,140 @@
+"""What all commands share: how they fail, how they print a document, how they show progress.
+
+In: what a command throws and reports. Out: exit status 0 done, 1 failed, 2 wrong usage, 130 interrupted;
+results on stdout, everything else on stderr. Knows no command.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
+
+import click
+
+from autoglm_edge.errors import BundleError, EdgeError
+
+INTERRUPTED = 130
+"""Exit status after Ctrl-C: 128 + SIGINT, as shells have it."""
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class EdgeCommand(click.Command):
+    """A command whose expected errors are one sentence on stderr, and whose Ctrl-C is quiet."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command.
+
+        Raises:
+            click.ClickException: an EdgeError happened; click prints it and exits with status 1.
+            click.exceptions.Exit: Ctrl-C, with status 130.
+        """
+        try:
+            return super().invoke(ctx)
+        except EdgeError as error:
+            raise click.ClickException(" ".join(str(error).split())) from error
+        except KeyboardInterrupt:
+            click.echo("Interrupted", err=True)
+            raise click.exceptions.Exit(INTERRUPTED) from None
+
+
+def examples(*lines: str) -> str:
+    """The end of a help page: examples that click leaves as they are."""
+    return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
+
+
+def print_json(document: Mapping[str, Any]) -> None:
+    """One document as one line, so that it can be the last line of stdout."""
+    click.echo(json.dumps(document, ensure_ascii=False))
+
+
+def check_is_bundle(path: Path) -> None:
+    """Explain the likely mix-ups before a bundle is opened.
+
+    Raises:
+        BundleError: the path is a checkpoint, or not a folder.
+    """
+    if not path.exists():
+        raise BundleError(f"{path} does not exist; make a bundle with `autoglm export -o {path}`")
+    if not path.is_dir():
+        raise BundleError(f"{path} is a file, must be the folder of a bundle")
+    weights = any(path.glob("*.safetensors*"))
+    if weights and (path / "config.json").exists() and not (path / "manifest.json").exists():
+        raise BundleError(f"{path} is a checkpoint, not a bundle; run `autoglm export {path}` first")
+
+
+def format_bytes(count: float) -> str:
+    """Bytes in decimal units, as disks and model pages count: 512 B, 3.6 MB, 5.86 GB."""
+    for unit, size, digits in (("GB", 1e9, 2), ("MB", 1e6, 1), ("kB", 1e3, 1)):
+        if count >= size:
+            return f"{count / size:.{digits}f} {unit}"
+    return f"{count:.0f} B"
+
+
+class ProgressLine:
+    """Progress in bytes on stderr: a bar on a terminal, else a line per tenth, at most one a second."""
+
+    _BAR_CELLS = 28
+    _REDRAW_SECONDS = 0.1
+    _LINE_SECONDS = 1.0
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        """Start with nothing shown."""
+        self._terminal = sys.stderr.isatty()
+        self._now = clock
+        self._stage = ""
+        self._started = self._drawn = 0.0
+        self._tenth = 0
+        self._open_line = False
+
+    def say(self, text: str) -> None:
+        """A line of its own."""
+        self.close()
+        click.echo(text, err=True)
+
+    def show(self, stage: str, done_bytes: int, total_bytes: int) -> None:
+        """The state of a stage; call it as often as you like."""
+        now = self._now()
+        if stage != self._stage:
+            self.close()
+            self._stage, self._started, self._tenth = stage, now, 0
+            self._drawn = -1.0 if self._terminal else now
+        if total_bytes <= 0:
+            return
+        done = min(1.0, done_bytes / total_bytes)
+        if self._terminal:
+            if done < 1 and now - self._drawn < self._REDRAW_SECONDS:
+                return
+            self._drawn = now
+            bar = f"{'█' * int(done * self._BAR_CELLS):·<{self._BAR_CELLS}}"
+            amount = f"{format_bytes(done_bytes)} of {format_bytes(total_bytes)}"
+            click.echo(
+                f"\r\x1b[K{stage:8} {bar} {100 * done:3.0f} %  {amount}{self._rest(now, done)}",
+                err=True,
+                nl=False,
+            )
+            self._open_line = True
+        elif int(done * 10) > self._tenth and (done == 1 or now - self._drawn >= self._LINE_SECONDS):
+            self._drawn = now
+            self._tenth = int(done * 10)
+            seconds = now - self._started
+            click.echo(
+                f"{stage}: {10 * self._tenth} % of {format_bytes(total_bytes)}, {seconds:.0f} s", err=True
+            )
+
+    def close(self) -> None:
+        """End an unfinished line."""
+        if self._open_line:
+            click.echo("", err=True)
+            self._open_line = False
+
+    def _rest(self, now: float, done: float) -> str:
+        if not 0 < done < 1 or now - self._started < 1:
+            return ""
+        seconds = round((now - self._started) * (1 - done) / done)
+        return f"  {seconds // 60}:{seconds % 60:02} left"

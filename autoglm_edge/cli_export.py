@@ -1,0 +1,174 @@
+"""`autoglm export` and `autoglm-export`: a skin over `autoglm_edge.export` and `autoglm_edge.estimate`.
+
+In: the command line. Out: a bundle folder; its path and sizes on stdout, progress on stderr. Knows nothing
+of how an export works.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import click
+
+from autoglm_edge.cli_common import EdgeCommand, ProgressLine, examples, format_bytes, print_json
+from autoglm_edge.errors import DependencyError
+
+if TYPE_CHECKING:
+    from autoglm_edge.export.progress import ProgressEvent
+
+POCKET = "pocket"
+_EXPORT_PACKAGES = ("onnx", "onnx_ir", "onnxscript", "safetensors", "ml_dtypes", "huggingface_hub")
+_BYTES_STAGES = {"weights": "Weights", "hash": "Checking"}
+
+
+@click.command(
+    cls=EdgeCommand,
+    epilog=examples(
+        "autoglm export --int4 -o pocket-int4",
+        "autoglm export zai-org/AutoGLM-Phone-9B --int8 --max-image-tokens 1482 -o phone-int8",
+    ),
+)
+@click.argument("model", required=False)
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    help="Folder of the bundle. [default: ./MODEL-PRECISION]",
+)
+@click.option("--int4", is_flag=True, help="Store the decoder in 4 bits and the rest in 8. The default.")
+@click.option("--int8", is_flag=True, help="Store all large matrices in 8 bits.")
+@click.option("--fp16", is_flag=True, help="Store everything as float16.")
+@click.option("--fp32", is_flag=True, help="Store everything as float32.")
+@click.option(
+    "--recipe",
+    metavar="NAME_OR_FILE",
+    help="Take a named recipe, such as int4-mixed, or a TOML file instead.",
+)
+@click.option("--block-size", type=click.Choice(["32", "64", "128"]), help="Weights that share a scale.")
+@click.option("--symmetric/--asymmetric", default=None, help="Store no zero points, or one per block.")
+@click.option("--activations", type=click.Choice(["float32", "float16"]), help="Number type between layers.")
+@click.option(
+    "--accuracy-level", type=click.Choice(["0", "4"]), help="4 multiplies in 8-bit integers, 0 in floats."
+)
+@click.option(
+    "--max-image-tokens", type=click.IntRange(min=1), metavar="N", help="Shrink larger images to N tokens."
+)
+@click.option("--revision", help="Branch, tag or commit of a hub checkpoint.")
+@click.option("--estimate", is_flag=True, help="Say what would be written and needed, and write nothing.")
+@click.option("--resume", is_flag=True, help="Go on with an interrupted export; fail if there is none.")
+@click.option("--force", is_flag=True, help="Start over, and replace a bundle that is at the output.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document as the last line.")
+def export(
+    model: str | None,
+    output: Path | None,
+    int4: bool,
+    int8: bool,
+    fp16: bool,
+    fp32: bool,
+    recipe: str | None,
+    block_size: str | None,
+    symmetric: bool | None,
+    activations: Literal["float32", "float16"] | None,
+    accuracy_level: str | None,
+    max_image_tokens: int | None,
+    revision: str | None,
+    estimate: bool,
+    resume: bool,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Turn a checkpoint into a bundle that runs without torch.
+
+    MODEL is a checkpoint folder or a Hugging Face name; without it, the small embedded model `pocket` is
+    taken. The bundle appears in one step when it is complete, and an export that was interrupted goes on
+    where it stopped when the same command is run again.
+    """
+    chosen = [name for name, on in (("int4", int4), ("int8", int8), ("fp16", fp16), ("fp32", fp32)) if on]
+    if len(chosen) > 1:
+        raise click.UsageError(f"choose one of {', '.join('--' + name for name in chosen)}")
+    if chosen and recipe is not None:
+        raise click.UsageError(f"choose --{chosen[0]} or --recipe, not both")
+    precision = chosen[0] if chosen else "int4"
+    if model is None:
+        click.echo(f"No MODEL given: taking {POCKET}, the small model that comes with this package", err=True)
+    output = output or Path(default_output(model, recipe or precision))
+    options: dict[str, Any] = {
+        "precision": precision,
+        "block_size": int(block_size) if block_size else None,
+        "symmetric": symmetric,
+        "recipe": recipe,
+        "max_image_tokens": max_image_tokens,
+        "revision": revision,
+        "activations": activations,
+        "accuracy_level": int(accuracy_level) if accuracy_level else None,
+        "resume": resume,
+        "force": force,
+    }
+    pipeline = _pipeline()
+    progress = ProgressLine()
+    if estimate:
+        report = pipeline.estimate(model, output, **options)
+        click.echo(report.to_table())
+        if as_json:
+            click.echo(report.to_json())
+        return
+    started = time.monotonic()
+    try:
+        bundle = pipeline.export(model, output, progress=lambda event: _show(progress, event), **options)
+    except KeyboardInterrupt:
+        progress.say("Stopped; run the same command again to go on from here")
+        raise
+    finally:
+        progress.close()
+    seconds = time.monotonic() - started
+    manifest = bundle.manifest
+    for name, part in manifest.parts.items():
+        click.echo(f"{name:10} {format_bytes(part.weight_bytes):>10}")
+    click.echo(f"{'bundle':10} {format_bytes(manifest.total_bytes):>10}  {output}")
+    if as_json:
+        print_json(
+            {
+                "bundle": str(output),
+                "model": manifest.source.model,
+                "recipe": manifest.recipe.get("name"),
+                "total_bytes": manifest.total_bytes,
+                "weight_bytes": {name: part.weight_bytes for name, part in manifest.parts.items()},
+                "seconds": round(seconds, 3),
+            }
+        )
+
+
+def default_output(model: str | None, recipe: str) -> str:
+    """Folder name for a model and a precision or recipe: AutoGLM-Phone-9B-int4."""
+    folder = model is not None and Path(model).exists()
+    name = Path(model or "").resolve().name if folder else (model or POCKET).rstrip("/").split("/")[-1]
+    kind = Path(recipe).stem if recipe.endswith(".toml") else recipe
+    return "-".join(re.sub(r"[^\w.-]+", "-", part).strip("-") or "model" for part in (name, kind))
+
+
+def _pipeline() -> Any:
+    """The export pipeline.
+
+    Raises:
+        DependencyError: a package of the extra `export` is not installed.
+    """
+    try:
+        from autoglm_edge.export import pipeline
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] not in _EXPORT_PACKAGES:
+            raise
+        raise DependencyError(
+            f"an export needs the package {error.name}, which is not installed; "
+            'run pip install "autoglm-edge[export]"'
+        ) from error
+    return pipeline
+
+
+def _show(progress: ProgressLine, event: ProgressEvent) -> None:
+    if event.stage in _BYTES_STAGES:
+        progress.show(_BYTES_STAGES[event.stage], event.done_bytes, event.total_bytes)
+    elif event.stage == "resume":
+        progress.say(event.detail)

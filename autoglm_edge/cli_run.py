@@ -1,0 +1,435 @@
+"""`autoglm run`: one answer, or a conversation, from a bundle.
+
+In: a bundle folder, text and pictures. Out: the answer as it is made, on stdout; then its action, counts
+and times. A skin over `Engine.chat`.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any, Literal
+
+import click
+
+from autoglm_edge.cli_common import EdgeCommand, check_is_bundle, examples, print_json
+from autoglm_edge.errors import EdgeError, RequestError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from autoglm_edge.runtime.answer import Delta
+    from autoglm_edge.runtime.engine import Engine
+
+_CHAT_HELP = "/image PATH attaches a picture, /reset forgets everything, /quit ends; Ctrl-C stops an answer"
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """One finished answer and the delta that ended it."""
+
+    text: str
+    last: Delta
+
+
+@dataclass
+class _Conversation:
+    """Messages so far, and pictures that wait for the next one."""
+
+    system: str | None
+    messages: list[dict[str, Any]] = field(default_factory=list)
+    images: list[Image] = field(default_factory=list)
+
+    def reset(self) -> None:
+        """Forget everything but the system prompt."""
+        self.messages = [] if self.system is None else [{"role": "system", "content": self.system}]
+        self.images = []
+
+    def ask(self, text: str) -> None:
+        """Add what the user says: pictures first, as the phone agent sends them."""
+        parts: list[dict[str, Any]] = [{"type": "image", "image": image} for image in self.images]
+        if text:
+            parts.append({"type": "text", "text": text})
+        self.messages.append({"role": "user", "content": parts})
+        self.images = []
+
+    def take_back(self) -> None:
+        """Forget the last thing the user said; its pictures wait again."""
+        parts = self.messages.pop()["content"]
+        self.images = [part["image"] for part in parts if part["type"] == "image"]
+
+
+def _sampling_options(command: Callable[..., None]) -> Callable[..., None]:
+    """The options that Engine.chat takes, by the same names."""
+    options = (
+        click.option("--max-tokens", type=click.IntRange(min=1), metavar="N", help="Stop after N tokens."),
+        click.option("--temperature", type=float, help="0 takes the likeliest token. [default: 0]"),
+        click.option("--top-p", type=float, help="Draw among the likeliest that reach this probability."),
+        click.option("--top-k", type=int, help="Draw among so many of the likeliest tokens."),
+        click.option(
+            "--min-p", type=float, help="Draw among tokens this fraction as likely as the likeliest."
+        ),
+        click.option("--repetition-penalty", type=float, help="Above 1: avoid what prompt and answer have."),
+        click.option("--frequency-penalty", type=float, help="Subtract this per occurrence in the answer."),
+        click.option("--presence-penalty", type=float, help="Subtract this from what the answer has."),
+        click.option("--seed", type=int, help="Draw the same tokens again."),
+        click.option("--stop", multiple=True, metavar="TEXT", help="End the answer before TEXT; repeatable."),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+@click.command(
+    cls=EdgeCommand,
+    epilog=examples(
+        'autoglm run pocket-int4 "Open the settings" -i screen.png --draw tap.png',
+        "autoglm run pocket-int4 --chat",
+    ),
+)
+@click.argument("bundle", metavar="OUT", type=click.Path(path_type=Path))
+@click.argument("text", required=False)
+@click.option(
+    "-i", "--image", "images", multiple=True, type=click.Path(path_type=Path), help="Picture; repeatable."
+)
+@click.option("--system", metavar="TEXT_OR_@FILE", help="System prompt, or @ and the file that holds it.")
+@click.option("--chat", is_flag=True, help="Hold a conversation; type /help in it.")
+@click.option(
+    "--draw", type=click.Path(path_type=Path), help="Write the last picture with the action marked."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document as the last line.")
+@_sampling_options
+@click.option(
+    "--context",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Tokens that prompt and answer may have together.",
+)
+@click.option("--threads", type=click.IntRange(min=1), metavar="N", help="Threads. [default: one per core]")
+@click.option(
+    "--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Where to compute."
+)
+@click.option(
+    "--image-layout",
+    type=click.Choice(["plain", "newline"]),
+    default="plain",
+    show_default=True,
+    help="What stands between picture and text; vLLM's string format has a newline.",
+)
+@click.option(
+    "--max-image-tokens", type=click.IntRange(min=1), metavar="N", help="Shrink larger pictures to N tokens."
+)
+def run(
+    bundle: Path,
+    text: str | None,
+    images: tuple[Path, ...],
+    system: str | None,
+    chat: bool,
+    draw: Path | None,
+    as_json: bool,
+    max_tokens: int | None,
+    temperature: float | None,
+    top_p: float | None,
+    top_k: int | None,
+    min_p: float | None,
+    repetition_penalty: float | None,
+    frequency_penalty: float | None,
+    presence_penalty: float | None,
+    seed: int | None,
+    stop: tuple[str, ...],
+    context: int | None,
+    threads: int | None,
+    device: Literal["cpu", "cuda"],
+    image_layout: Literal["plain", "newline"],
+    max_image_tokens: int | None,
+) -> None:
+    """Answer TEXT from the bundle in the folder OUT.
+
+    TEXT is what the user says; - reads it from standard input. The answer is printed as it is made. An
+    action in it, such as a tap, is read by the rules of the Open-AutoGLM phone agent: points are 0 to 999
+    of the screen's width and height.
+    """
+    _check_usage(text, images, chat=chat, draw=draw, as_json=as_json)
+    sampling = {
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "frequency_penalty": frequency_penalty,
+        "presence_penalty": presence_penalty,
+        "seed": seed,
+    }
+    given = {name: value for name, value in sampling.items() if value is not None}
+    _check_sampling(given)
+    options: dict[str, Any] = {**given, "stop": stop}
+    if max_tokens is not None:
+        options["max_tokens"] = max_tokens
+    conversation = _Conversation(_read_system(system))
+    conversation.reset()
+    check_is_bundle(bundle)
+    conversation.images = _load_images(images)
+    screen = conversation.images[-1] if conversation.images else None
+
+    from autoglm_edge.runtime.engine import Engine
+
+    with Engine.load(
+        bundle,
+        device=device,
+        threads=threads or 0,
+        context=context,
+        image_layout=image_layout,
+        max_image_tokens=max_image_tokens,
+    ) as engine:
+        if chat:
+            _chat(engine, conversation, text, options)
+            return
+        conversation.ask(sys.stdin.read().strip() if text == "-" else text or "")
+        answer = _answer(engine, conversation.messages, options, cancel=None)
+    _report(answer, screen, bundle, draw, as_json)
+
+
+def _check_usage(
+    text: str | None, images: Sequence[Path], *, chat: bool, draw: Path | None, as_json: bool
+) -> None:
+    """Combinations that make no sense, before anything is loaded.
+
+    Raises:
+        click.UsageError: there is one.
+    """
+    if chat:
+        for name, given in (("--draw", draw is not None), ("--json", as_json), ("-", text == "-")):
+            if given:
+                raise click.UsageError(f"{name} is for a single answer, it cannot go with --chat")
+        return
+    if text is None:
+        raise click.UsageError("say what to answer: TEXT, or - for standard input, or --chat")
+    if not text.strip() and not images:
+        raise click.UsageError("TEXT is empty")
+    if draw is not None:
+        if not images:
+            raise click.UsageError("--draw needs a picture to draw on; give one with --image")
+        from PIL import Image
+
+        Image.init()
+        if Image.registered_extensions().get(draw.suffix.lower()) not in Image.SAVE:
+            raise click.UsageError(f"--draw {draw} does not end in a picture format such as .png")
+        if not draw.resolve().parent.is_dir():
+            raise click.UsageError(f"--draw {draw}: the folder {draw.parent} does not exist")
+
+
+def _check_sampling(values: dict[str, Any]) -> None:
+    """Refuse values out of range as wrong usage, before a bundle is loaded."""
+    from autoglm_edge.runtime.sampling import SamplingParams
+
+    try:
+        SamplingParams(**values)
+    except RequestError as error:
+        raise click.UsageError(str(error)) from error
+
+
+def _read_system(system: str | None) -> str | None:
+    """The text itself, or of the file after @."""
+    if system is None or not system.startswith("@"):
+        return system
+    try:
+        return Path(system[1:]).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise click.UsageError(f"--system {system}: the file cannot be read ({error})") from error
+
+
+def _load_images(paths: Sequence[Path]) -> list[Image]:
+    from autoglm_edge.runtime.image import load_image
+
+    return [load_image(path) for path in paths]
+
+
+def _answer(
+    engine: Engine, messages: list[dict[str, Any]], options: dict[str, Any], cancel: threading.Event | None
+) -> _Answer:
+    """Print an answer while it is made."""
+    pieces: list[str] = []
+    last: Delta | None = None
+    try:
+        for last in engine.chat(messages, cancel=cancel, **options):
+            pieces.append(last.text)
+            click.echo(last.text, nl=False)
+    finally:
+        if last is not None:
+            click.echo()
+    assert last is not None, "the engine ends every answer with a delta"
+    return _Answer("".join(pieces), last)
+
+
+def _report(answer: _Answer, screen: Image | None, bundle: Path, draw: Path | None, as_json: bool) -> None:
+    """Picture, document or summary of an answer.
+
+    Raises:
+        EdgeError: a picture was asked for and there is no action, or it cannot be written.
+    """
+    from autoglm_edge.runtime.actions import parse_action, parse_thinking
+
+    action = parse_action(answer.text)
+    size = screen.size if screen is not None else None
+    problem: str | None = None
+    if draw is not None and action is None:
+        problem = f"the answer holds no action, so nothing was written to {draw}"
+    elif draw is not None and action is not None and screen is not None:
+        from autoglm_edge.runtime.draw import draw_action
+
+        try:
+            draw_action(screen, action).save(draw)
+        except (OSError, ValueError) as error:
+            problem = f"the picture {draw} cannot be written ({error})"
+    if as_json:
+        document = {
+            "text": answer.text,
+            "thinking": parse_thinking(answer.text),
+            "action": action.to_json(size) if action else None,
+            **_counts(answer.last),
+            "bundle": str(bundle),
+            "image_size": list(size) if size else None,
+            "drawing": str(draw) if draw is not None and problem is None else None,
+        }
+        print_json(document)
+    else:
+        if action is not None and size is not None and (marks := _pixels(action.to_json(size))):
+            click.echo(f"{action.kind} at {marks} of {size[0]}x{size[1]} pixels", err=True)
+        _print_summary(answer.last)
+    if problem:
+        raise EdgeError(problem)
+
+
+def _pixels(document: dict[str, Any]) -> str:
+    return " to ".join(f"{x},{y}" for name, (x, y) in _pixel_items(document))
+
+
+def _pixel_items(document: dict[str, Any]) -> Iterator[tuple[str, tuple[int, int]]]:
+    for name, value in document.items():
+        if name.endswith("_pixels"):
+            yield name, (value[0], value[1])
+
+
+def _counts(last: Delta) -> dict[str, Any]:
+    """Counts and times of an answer, for programs."""
+    usage, timings = last.usage, last.timings
+    assert usage is not None and timings is not None, "the last delta carries both"
+    return {
+        "finish_reason": last.finish_reason,
+        "usage": {
+            "prompt_tokens": usage.prompt_tokens,
+            "image_tokens": usage.image_tokens,
+            "completion_tokens": usage.completion_tokens,
+        },
+        "timings": {
+            "ttft_ms": round(timings.ttft_ms, 3),
+            "image_ms": round(timings.image_ms, 3),
+            "prefill_ms": round(timings.prefill_ms, 3),
+            "decode_ms": round(timings.decode_ms, 3),
+            "prefill_tokens_per_s": round(timings.prefill_tokens_per_s, 2),
+            "decode_tokens_per_s": round(timings.decode_tokens_per_s, 2),
+        },
+    }
+
+
+def _print_summary(last: Delta) -> None:
+    counts = _counts(last)
+    usage, timings = counts["usage"], counts["timings"]
+    images = f" ({usage['image_tokens']} of images)" if usage["image_tokens"] else ""
+    ends = {"length": "; cut off by the token limit", "cancelled": "; cancelled"}
+    click.echo(
+        f"{usage['prompt_tokens']} prompt tokens{images}, {usage['completion_tokens']} answer tokens"
+        f"; first after {timings['ttft_ms'] / 1e3:.2f} s"
+        f", prefill {timings['prefill_tokens_per_s']:.0f} tokens/s"
+        f", decode {timings['decode_tokens_per_s']:.1f} tokens/s{ends.get(counts['finish_reason'], '')}",
+        err=True,
+    )
+
+
+def _chat(engine: Engine, conversation: _Conversation, text: str | None, options: dict[str, Any]) -> None:
+    """Read lines and answer them until /quit or the end of input."""
+    terminal = sys.stdin.isatty()
+    if terminal:
+        click.echo(_CHAT_HELP, err=True)
+    while True:
+        try:
+            line = text if text is not None else input("> " if terminal else "")
+        except EOFError:
+            if terminal:
+                click.echo(err=True)
+            return
+        except KeyboardInterrupt:
+            if not terminal:
+                raise
+            click.echo("\nCtrl-D or /quit ends", err=True)
+            continue
+        text = None
+        line = line.strip()
+        if line in ("/quit", "/exit"):
+            return
+        if line.startswith("/"):
+            _chat_command(conversation, line)
+        elif line:
+            _chat_turn(engine, conversation, line, options)
+
+
+def _chat_command(conversation: _Conversation, line: str) -> None:
+    name, _, rest = line.partition(" ")
+    if name == "/reset":
+        conversation.reset()
+        click.echo("Forgotten", err=True)
+    elif name == "/image" and rest.strip():
+        try:
+            conversation.images += _load_images([Path(rest.strip().strip("\"'")).expanduser()])
+        except EdgeError as error:
+            click.echo(f"Error: {error}", err=True)
+        else:
+            width, height = conversation.images[-1].size
+            click.echo(f"Attached, {width}x{height} pixels", err=True)
+    elif name == "/help":
+        click.echo(_CHAT_HELP, err=True)
+    else:
+        click.echo(f"Error: {line!r} is no command here; {_CHAT_HELP}", err=True)
+
+
+def _chat_turn(engine: Engine, conversation: _Conversation, line: str, options: dict[str, Any]) -> None:
+    """One question and its answer; without an answer it is as if it had not been asked."""
+    conversation.ask(line)
+    try:
+        with _interrupts() as cancel:
+            answer = _answer(engine, conversation.messages, options, cancel)
+    except EdgeError as error:
+        conversation.take_back()
+        click.echo(f"Error: {error}", err=True)
+        return
+    _print_summary(answer.last)
+    if answer.text:
+        conversation.messages.append({"role": "assistant", "content": answer.text})
+    else:
+        conversation.take_back()
+
+
+@contextmanager
+def _interrupts() -> Iterator[threading.Event]:
+    """Ctrl-C sets the event; a second one, for when the engine does not come round, interrupts as usual."""
+    cancel = threading.Event()
+
+    def on_interrupt(number: int, frame: FrameType | None) -> None:
+        if cancel.is_set():
+            raise KeyboardInterrupt
+        cancel.set()
+
+    if threading.current_thread() is not threading.main_thread():
+        yield cancel
+        return
+    before = signal.signal(signal.SIGINT, on_interrupt)
+    try:
+        yield cancel
+    finally:
+        signal.signal(signal.SIGINT, before)

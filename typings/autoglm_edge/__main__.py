@@ -1,0 +1,1 @@
+../../autoglm_edge/__main__.py
