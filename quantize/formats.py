@@ -1,0 +1,325 @@
+"""Block-quantized number formats: float rows in, packed integers with scales and zero points out, and back.
+
+In: rows (N, K) of float32. Out: the bytes that onnxruntime's MatMulNBits and GatherBlockQuantized read. Knows
+nothing of tensor names, files or graphs, and needs numpy only.
+
+Along K, `block_size` neighbours share a scale, and unless the format is symmetric a zero point. A stored
+integer q stands for (q - zero_point) * scale. Layout, specified with an example in docs/bundle.md:
+
+    data         uint8 (N, blocks, block_size * bits / 8)   4 bits: the earlier weight in the low nibble
+    scales       float (N, blocks)
+    zero points  uint8 (N, ceil(blocks * bits / 8))         4 bits: the earlier block in the low nibble
+
+Rounding is to the nearest integer. Rules, with `top` the largest integer, 2 ** bits - 1:
+
+    asymmetric   the block's range, widened to hold 0.0, is spread over 0..top: scale = (max - min) / top,
+                 zero_point = round(-min / scale). Every weight comes back within half a step.
+    symmetric    the weight of largest magnitude, m, becomes the integer 0, which has the farthest reach:
+                 scale = m / -(2 ** (bits - 1)). Hence scales of either sign. Weights come back within half a
+                 step, those near -m (which has one integer less) within one.
+
+Scales are rounded to the dtype they are stored in, away from zero, before the integers are computed, so that
+the integers fit the scale that is read back. 0.0 always comes back as 0.0; a block of zeros has scale 0.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from autoglm_edge.errors import QuantError
+
+ScaleDtype = Literal["float32", "float16"]
+
+CHUNK_WEIGHTS = 131_072
+"""Weights per pass: 512 KiB of float32 and as much scratch, about what a second-level cache holds."""
+
+LARGEST_WEIGHT: dict[str, float] = {"float32": 2.0**126, "float16": 2.0**15}
+"""Per scale dtype. Above it a weight could come back as inf, as it may be half a step larger than it was."""
+
+SMALLEST_SCALE: dict[str, float] = {"float32": 2.0**-100, "float16": 2.0**-24}
+"""Per scale dtype; a block that asks for less, but not for 0, gets this. float16: its smallest value.
+float32: far from the subnormals, so that products with activations do not become subnormal, which is slow."""
+
+
+@dataclass(frozen=True)
+class BlockFormat:
+    """Integers of a few bits; `block_size` neighbours along the input dimension share a scale.
+
+    Attributes:
+        bits: 4 or 8.
+        block_size: 32, 64 or 128.
+        symmetric: no zero points stored; the integer 2 ** (bits - 1) means 0.0.
+    """
+
+    bits: int
+    block_size: int
+    symmetric: bool
+
+    def __post_init__(self) -> None:
+        if self.bits not in (4, 8):
+            raise QuantError(f"bits is {self.bits}, must be 4 or 8")
+        if self.block_size not in (32, 64, 128):
+            raise QuantError(f"block size is {self.block_size}, must be 32, 64 or 128")
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of the packed integers of one block."""
+        return self.block_size * self.bits // 8
+
+    @property
+    def middle(self) -> int:
+        """The integer that means 0.0 in a symmetric format."""
+        return 1 << (self.bits - 1)
+
+    def blocks(self, columns: int) -> int:
+        """Blocks in a row of `columns` weights; the last one may be padded."""
+        return -(-columns // self.block_size)
+
+    def zero_point_bytes(self, columns: int) -> int:
+        """Bytes of packed zero points of a row of `columns` weights; 0 if symmetric."""
+        return 0 if self.symmetric else -(-self.blocks(columns) * self.bits // 8)
+
+    def size_bytes(self, rows: int, columns: int, scale_bytes: int = 4) -> int:
+        """Bytes of all that is stored of a (rows, columns) matrix, with scales of `scale_bytes` each."""
+        blocks = self.blocks(columns)
+        return rows * (blocks * (self.block_bytes + scale_bytes) + self.zero_point_bytes(columns))
+
+
+@dataclass(frozen=True, eq=False)
+class Quantized:
+    """A quantized matrix, as stored.
+
+    Attributes:
+        data: uint8 (N, blocks, block_bytes), packed integers.
+        scales: float32 or float16 (N, blocks).
+        zero_points: uint8 (N, zero_point_bytes), packed; None if the format is symmetric.
+    """
+
+    data: NDArray[np.uint8]
+    scales: NDArray[np.floating[Any]]
+    zero_points: NDArray[np.uint8] | None
+
+
+def quantize_rows(
+    rows: NDArray[np.float32], fmt: BlockFormat, *, scale_dtype: ScaleDtype = "float32"
+) -> Quantized:
+    """Round float rows to a block format.
+
+    Works in chunks that stay in cache and holds no Python lock while it computes, so threads scale.
+
+    Args:
+        rows: float32 (N, K), not changed. If K is not a multiple of the block size, the last block is
+            padded with 0.0.
+        fmt: the format.
+        scale_dtype: the dtype that the scales are stored in.
+
+    Returns:
+        The packed matrix, scales in `scale_dtype`.
+
+    Raises:
+        QuantError: `rows` is not a float32 matrix, or holds inf, nan or a weight above LARGEST_WEIGHT.
+    """
+    if rows.ndim != 2 or rows.dtype != np.float32 or rows.shape[1] == 0:
+        raise QuantError(
+            f"weights to quantize are {rows.dtype} {rows.shape}, must be a float32 matrix (N, K)"
+        )
+    if scale_dtype not in LARGEST_WEIGHT:
+        raise QuantError(f"scale dtype is {scale_dtype!r}, must be float32 or float16")
+    count, columns = rows.shape
+    blocks = fmt.blocks(columns)
+    step = max(1, CHUNK_WEIGHTS // columns)
+    chunk = _Chunk(min(step, count), blocks, fmt)
+    padded: NDArray[np.float32] | None = None
+    if columns % fmt.block_size or not rows.flags.c_contiguous:
+        padded = np.zeros((min(step, count), blocks * fmt.block_size), np.float32)
+
+    data = np.empty((count, blocks, fmt.block_bytes), np.uint8)
+    scales: NDArray[Any] = np.empty((count, blocks), scale_dtype)
+    zero_points = None if fmt.symmetric else np.empty((count, blocks), np.uint8)
+    for start in range(0, count, step):
+        stop = min(start + step, count)
+        part = rows[start:stop]
+        if padded is not None:
+            padded[: stop - start, :columns] = part
+            part = padded[: stop - start]
+        integers, part_scales, part_zeros = chunk.quantize(
+            part.reshape(-1, fmt.block_size), scale_dtype, start
+        )
+        scales[start:stop] = part_scales.reshape(-1, blocks)
+        if zero_points is not None:
+            zero_points[start:stop] = part_zeros.reshape(-1, blocks)
+        flat = data[start:stop].reshape(-1, fmt.block_bytes)
+        if fmt.bits == 4:
+            _pack_pairs(integers, flat)
+        else:
+            np.copyto(flat, integers)
+    return Quantized(data, scales, None if zero_points is None else _pack_zero_points(zero_points, fmt))
+
+
+def dequantize_rows(quantized: Quantized, fmt: BlockFormat, columns: int) -> NDArray[np.float32]:
+    """Turn a packed matrix back into floats: (integer - zero point) * scale, in float32.
+
+    Args:
+        quantized: N rows in the layout of this module.
+        fmt: the format it is in.
+        columns: K, of the matrix before padding.
+
+    Returns:
+        float32 (N, K).
+
+    Raises:
+        QuantError: the arrays do not have the shapes that the format gives for K columns.
+    """
+    count, blocks = len(quantized.data), fmt.blocks(columns)
+    _check(quantized, fmt, columns)
+    if fmt.bits == 4:
+        integers = unpack_nibbles(quantized.data.reshape(count, -1))
+    else:
+        integers = quantized.data.reshape(count, -1)
+    floats = integers.reshape(count, blocks, fmt.block_size).astype(np.float32)
+    if quantized.zero_points is None:
+        floats -= np.float32(fmt.middle)
+    else:
+        zeros = quantized.zero_points if fmt.bits == 8 else unpack_nibbles(quantized.zero_points)[:, :blocks]
+        floats -= zeros[..., None].astype(np.float32)
+    floats *= quantized.scales[..., None].astype(np.float32)
+    return np.ascontiguousarray(floats.reshape(count, -1)[:, :columns])
+
+
+def pack_nibbles(integers: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Pack integers 0..15 along the last axis, the earlier in the low nibble; an odd end is filled with 0.
+
+    Args:
+        integers: uint8 (..., n).
+
+    Returns:
+        uint8 (..., ceil(n / 2)).
+    """
+    if integers.shape[-1] % 2:
+        integers = np.concatenate([integers, np.zeros_like(integers[..., :1])], axis=-1)
+    packed: NDArray[np.uint8] = integers[..., 0::2] | (integers[..., 1::2] << np.uint8(4))
+    return packed
+
+
+def unpack_nibbles(packed: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """The reverse of pack_nibbles: uint8 (..., n) to integers 0..15, uint8 (..., 2 * n)."""
+    integers = np.empty((*packed.shape[:-1], packed.shape[-1] * 2), np.uint8)
+    np.bitwise_and(packed, np.uint8(15), out=integers[..., 0::2])
+    np.right_shift(packed, np.uint8(4), out=integers[..., 1::2])
+    return integers
+
+
+class _Chunk:
+    """Scratch memory for one pass of quantize_rows, used again for every chunk of a matrix."""
+
+    def __init__(self, rows: int, blocks: int, fmt: BlockFormat) -> None:
+        self.fmt = fmt
+        count = rows * blocks
+        self.work = np.empty((count, fmt.block_size), np.float32)
+        self.integers = np.empty((count, fmt.block_size), np.uint8)
+        self.starts = np.arange(0, count * fmt.block_size, fmt.block_size, dtype=np.intp)
+
+    def quantize(
+        self, values: NDArray[np.float32], scale_dtype: ScaleDtype, first_row: int
+    ) -> tuple[NDArray[np.uint8], NDArray[Any], NDArray[np.float32]]:
+        """Quantize (blocks, block_size) contiguous values.
+
+        Returns:
+            Integers (blocks, block_size), which the next call overwrites; scales and zero points (blocks).
+        """
+        fmt = self.fmt
+        count = len(values)
+        flat = values.reshape(-1)
+        # reduceat over a flat array takes two thirds of the time of max(axis=1) on short rows.
+        high = np.maximum.reduceat(flat, self.starts[:count])
+        low = np.minimum.reduceat(flat, self.starts[:count])
+        limit = LARGEST_WEIGHT[scale_dtype]
+        # Written so that nan fails too.
+        if not (high.max() <= limit and low.min() >= -limit):
+            _refuse(values, scale_dtype, first_row)
+
+        top = np.float32(2**fmt.bits - 1)
+        if fmt.symmetric:
+            scales = np.where(high >= -low, high, low)
+            scales /= np.float32(-fmt.middle)
+        else:
+            np.maximum(high, np.float32(0), out=high)
+            np.minimum(low, np.float32(0), out=low)
+            scales = high - low
+            scales /= top
+        stored = _round_scales(scales, scale_dtype)
+        scales = stored.astype(np.float32, copy=False)
+        divisors = np.where(scales == 0, np.float32(1), scales)
+        if fmt.symmetric:
+            zeros = np.full(count, fmt.middle, np.float32)
+        else:
+            zeros = np.rint(low / -divisors)
+            np.clip(zeros, np.float32(0), top, out=zeros)
+
+        work, integers = self.work[:count], self.integers[:count]
+        np.divide(values, divisors[:, None], out=work)
+        # The zero point is a whole number: added after rounding, so that ties fall as in round(w / scale).
+        np.rint(work, out=work)
+        if fmt.symmetric:
+            np.add(work, np.float32(fmt.middle), out=work)
+        else:
+            np.add(work, zeros[:, None], out=work)
+        np.clip(work, np.float32(0), top, out=work)
+        np.copyto(integers, work, casting="unsafe")
+        return integers, stored, zeros
+
+
+def _round_scales(scales: NDArray[np.float32], dtype: ScaleDtype) -> NDArray[Any]:
+    """Round to the stored dtype, away from zero; 0 stays 0, less than SMALLEST_SCALE becomes that."""
+    magnitude = np.abs(scales)
+    np.maximum(magnitude, np.float32(SMALLEST_SCALE[dtype]), out=magnitude, where=magnitude != 0)
+    if dtype == "float16":
+        half = magnitude.astype(np.float16)
+        short = half.astype(np.float32) < magnitude
+        half[short] = np.nextafter(half[short], np.float16(np.inf))
+        return np.where(scales < 0, -half, half)
+    return np.where(scales < 0, -magnitude, magnitude)
+
+
+def _pack_pairs(integers: NDArray[np.uint8], out: NDArray[np.uint8]) -> None:
+    """pack_nibbles for contiguous rows of even length, in place: overwrites `integers`."""
+    pairs = integers.reshape(-1).view("<u2")  # low byte: the earlier weight
+    np.bitwise_or(pairs, pairs >> np.uint16(4), out=pairs)
+    np.copyto(out.reshape(-1), pairs, casting="unsafe")  # keeps the low byte
+
+
+def _pack_zero_points(zero_points: NDArray[np.uint8], fmt: BlockFormat) -> NDArray[np.uint8]:
+    return pack_nibbles(zero_points) if fmt.bits == 4 else zero_points
+
+
+def _refuse(values: NDArray[np.float32], scale_dtype: ScaleDtype, first_row: int) -> None:
+    """Name the kind of weight that cannot be quantized."""
+    if np.isnan(values).any():
+        found = "nan"
+    elif np.isinf(values).any():
+        found = "inf"
+    else:
+        found = f"{float(np.abs(values).max()):.3g}"
+    raise QuantError(
+        f"a weight at or after row {first_row} is {found}, but with {scale_dtype} scales weights must be "
+        f"finite and at most {LARGEST_WEIGHT[scale_dtype]:.3g} in magnitude; check the checkpoint, or keep "
+        "this tensor float"
+    )
+
+
+def _check(quantized: Quantized, fmt: BlockFormat, columns: int) -> None:
+    count, blocks = len(quantized.data), fmt.blocks(columns)
+    wanted = {"data": (count, blocks, fmt.block_bytes), "scales": (count, blocks)}
+    if not fmt.symmetric:
+        wanted["zero_points"] = (count, fmt.zero_point_bytes(columns))
+    for name, shape in wanted.items():
+        array = getattr(quantized, name)
+        if array is None or array.shape != shape:
+            seen = "absent" if array is None else f"of shape {array.shape}"
+            raise QuantError(f"quantized {name} is {seen}, must be {shape} for {columns} columns in {fmt}")
+    if fmt.symmetric and quantized.zero_points is not None:
+        raise QuantError(f"quantized weights have zero points, but {fmt} is symmetric")

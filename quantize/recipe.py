@@ -1,0 +1,319 @@
+"""Recipes: which checkpoint tensor gets which number format.
+
+In: a preset's name or a TOML file. Out: a `Recipe`, asked tensor by tensor. Knows the tensor names of the
+AutoGLM-Phone family and nothing of shapes, files or graphs.
+
+A recipe is an ordered list of rules; the first rule whose pattern matches a tensor's name decides, and a
+tensor that no rule matches stays float. Some tensors stay float whatever the rules say (`ALWAYS_FLOAT`): they
+are small, and their errors would touch every token. Floats are stored in the dtype of the activations.
+
+A rule may be limited to some layers of a stack, relative to its depth ("outer:1/8"), so that one recipe
+serves checkpoints of every depth; `Recipe.for_layers` turns that into layer numbers.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal, cast
+
+from autoglm_edge.errors import QuantError
+
+from .formats import BlockFormat
+from .rule import Rule as Rule
+
+Activations = Literal["float32", "float16"]
+
+ALWAYS_FLOAT = ("*.bias", "*norm*", "model.visual.patch_embed.*", "model.visual.embeddings.*")
+"""Name patterns of tensors that no rule reaches: biases, norms, patch embedding, table of positions."""
+
+FLOAT_BITS: dict[int, str] = {32: "float32", 16: "float16"}
+
+RULE_KEYS = ("pattern", "bits", "block_size", "symmetric", "keep", "layers")
+FILE_KEYS = ("name", "base", "activations", "accuracy_level", "rule")
+DEFAULT_BLOCK_SIZE = {4: 64, 8: 128}
+DEFAULT_SYMMETRIC = {4: False, 8: True}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A named list of rules, and what is the same for the whole model.
+
+    Attributes:
+        name: of the preset, or of the file it was read from.
+        activations: dtype of hidden states, float weights and scales: "float32" or "float16".
+        accuracy_level: of MatMulNBits. 4: activations become 8-bit integers per block, the fast kernel of
+            CPUs; 0: computed in the dtype of the activations; 1, 2, 3: in float32, float16, bfloat16.
+        rules: the first that matches decides.
+    """
+
+    name: str
+    activations: Activations
+    accuracy_level: int
+    rules: tuple[Rule, ...]
+
+    def __post_init__(self) -> None:
+        if self.activations not in ("float32", "float16"):
+            raise QuantError(
+                f"recipe {self.name}: activations is {self.activations!r}, must be float32 or float16"
+            )
+        if isinstance(self.accuracy_level, bool) or self.accuracy_level not in range(5):
+            raise QuantError(f"recipe {self.name}: accuracy_level is {self.accuracy_level!r}, must be 0 to 4")
+
+    def format_for(self, name: str) -> BlockFormat | None:
+        """The format of a checkpoint tensor, or None if it stays float.
+
+        Raises:
+            QuantError: a rule speaks of layers relative to a depth that is not known; see `for_layers`.
+        """
+        if any(fnmatchcase(name, pattern) for pattern in ALWAYS_FLOAT):
+            return None
+        return next((rule.format for rule in self.rules if rule.matches(name)), None)
+
+    def for_layers(self, *, decoder: int, vision: int) -> Recipe:
+        """The same recipe with layer numbers in place of "first:1/8" and the like.
+
+        Args:
+            decoder: layers of the decoder.
+            vision: blocks of the vision tower.
+        """
+        return replace(
+            self, rules=tuple(rule.for_layers(decoder=decoder, vision=vision) for rule in self.rules)
+        )
+
+    def with_(
+        self,
+        *,
+        block_size: int | None = None,
+        symmetric: bool | None = None,
+        activations: Activations | None = None,
+        accuracy_level: int | None = None,
+    ) -> Recipe:
+        """A changed copy; None keeps what there is.
+
+        `block_size` and `symmetric` change the rules with the fewest bits only: the 4-bit ones of int4,
+        int4-mixed and int4-all, hence not the 8-bit head, embedding and vision; and all of int8.
+
+        Raises:
+            QuantError: a block size or symmetry for a recipe that quantizes nothing, or a value that is not
+                allowed.
+        """
+        rules = self.rules
+        if block_size is not None or symmetric is not None:
+            formats = [rule.format for rule in rules if rule.format is not None]
+            if not formats:
+                raise QuantError(
+                    f"recipe {self.name} keeps every tensor float, so a block size or symmetry means nothing;"
+                    " leave it out or take an int8 or int4 recipe"
+                )
+            bits = min(form.bits for form in formats)
+            rules = tuple(_with_format(rule, bits, block_size, symmetric) for rule in rules)
+        return replace(
+            self,
+            rules=rules,
+            activations=self.activations if activations is None else activations,
+            accuracy_level=self.accuracy_level if accuracy_level is None else accuracy_level,
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """The recipe as JSON values, as a manifest records it."""
+        return {
+            "name": self.name,
+            "activations": self.activations,
+            "accuracy_level": self.accuracy_level,
+            "rules": [rule.to_json() for rule in self.rules],
+        }
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> Recipe:
+        """The reverse of `to_json`.
+
+        Raises:
+            QuantError: a key too many or missing, or a value of a wrong type or out of range.
+        """
+        where = "recipe"
+        _exact_keys(document, ("name", "activations", "accuracy_level", "rules"), where)
+        rules = _of_type(document, "rules", list, where)
+        return cls(
+            name=_of_type(document, "name", str, where),
+            activations=cast(Activations, _of_type(document, "activations", str, where)),
+            accuracy_level=_of_type(document, "accuracy_level", int, where),
+            rules=tuple(
+                _rule_from_json(rule, f"recipe rule {number}") for number, rule in enumerate(rules, 1)
+            ),
+        )
+
+
+def read_recipe(path: str | Path) -> Recipe:
+    """Read a recipe from a TOML file; docs/quantization.md shows one.
+
+    Raises:
+        QuantError: the file cannot be read, is not TOML, has an unknown key, or a value that is not allowed.
+    """
+    path = Path(path)
+    try:
+        with path.open("rb") as file:
+            document = tomllib.load(file)
+    except OSError as error:
+        raise QuantError(f"the recipe {path} cannot be read: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:  # not TOML, not UTF-8, or nested without end
+        raise QuantError(f"the recipe {path} is not TOML: {error}") from error
+    where = str(path)
+    _known_keys(document, FILE_KEYS, where)
+    base = None
+    if "base" in document:
+        base = _preset(_of_type(document, "base", str, where), f'{where}: base = "{document["base"]}"')
+    activations = base.activations if base else "float32"
+    if "activations" in document:
+        activations = cast(Activations, _of_type(document, "activations", str, where))
+    level = _of_type(document, "accuracy_level", int, where) if "accuracy_level" in document else 4
+    tables = _of_type(document, "rule", list, where) if "rule" in document else []
+    if not tables and base is None:
+        raise QuantError(
+            f"{where} has neither a [[rule]] nor a base, so it would quantize nothing; use precision fp32"
+        )
+    rules = tuple(
+        _rule_from_toml(table, activations, f"{where}: rule {n}") for n, table in enumerate(tables, 1)
+    )
+    return Recipe(
+        name=_of_type(document, "name", str, where) if "name" in document else path.stem,
+        activations=activations,
+        accuracy_level=base.accuracy_level if base and "accuracy_level" not in document else level,
+        rules=rules + (base.rules if base else ()),
+    )
+
+
+def resolve(name_or_path: str | Path) -> Recipe:
+    """The preset of this name, or the recipe in this file.
+
+    Raises:
+        QuantError: neither a preset nor a readable recipe.
+    """
+    if isinstance(name_or_path, str) and name_or_path in PRESETS:
+        return PRESETS[name_or_path]
+    if str(name_or_path).endswith(".toml") or Path(name_or_path).is_file():
+        return read_recipe(name_or_path)
+    return _preset(str(name_or_path), f"recipe {str(name_or_path)!r}")
+
+
+def _preset(name: str, where: str) -> Recipe:
+    if name not in PRESETS:
+        raise QuantError(f"{where} is unknown, must be one of {', '.join(PRESETS)}, or a .toml file")
+    return PRESETS[name]
+
+
+def _with_format(rule: Rule, bits: int, block_size: int | None, symmetric: bool | None) -> Rule:
+    form = rule.format
+    if form is None or form.bits != bits:
+        return rule
+    size = form.block_size if block_size is None else block_size
+    return replace(rule, format=BlockFormat(bits, size, form.symmetric if symmetric is None else symmetric))
+
+
+def _rule_from_toml(table: Any, activations: str, where: str) -> Rule:
+    if not isinstance(table, dict):
+        raise QuantError(f"{where} is {table!r}, must be a [[rule]] table")
+    _known_keys(table, RULE_KEYS, where)
+    pattern = _of_type(table, "pattern", str, where)
+    layers = _of_type(table, "layers", str, where) if "layers" in table else None
+    keep = _of_type(table, "keep", bool, where) if "keep" in table else False
+    if keep == ("bits" in table):
+        raise QuantError(f"{where} must have either bits or keep = true")
+    bits = 0 if keep else _of_type(table, "bits", int, where)
+    if keep or bits in FLOAT_BITS:
+        if useless := sorted({"block_size", "symmetric"} & set(table)):
+            raise QuantError(f"{where} keeps {pattern} float, so {useless[0]} means nothing; remove it")
+        if bits in FLOAT_BITS and FLOAT_BITS[bits] != activations:
+            raise QuantError(
+                f"{where} asks for {bits}-bit floats, but floats are stored like the activations, which are "
+                f"{activations}; write keep = true, or change activations"
+            )
+        return Rule(pattern, None, layers)
+    if bits not in DEFAULT_BLOCK_SIZE:
+        raise QuantError(f"{where} has bits = {bits}, must be 4, 8, 16 or 32")
+    size = _of_type(table, "block_size", int, where) if "block_size" in table else DEFAULT_BLOCK_SIZE[bits]
+    symmetric = _of_type(table, "symmetric", bool, where) if "symmetric" in table else DEFAULT_SYMMETRIC[bits]
+    try:
+        return Rule(pattern, BlockFormat(bits, size, symmetric), layers)
+    except QuantError as error:
+        raise QuantError(f"{where}: {error}") from error
+
+
+def _rule_from_json(rule: Any, where: str) -> Rule:
+    if not isinstance(rule, dict):
+        raise QuantError(f"{where} is {rule!r}, must be an object")
+    _exact_keys(rule, ("pattern", "format", "layers"), where)
+    layers = None if rule["layers"] is None else _of_type(rule, "layers", str, where)
+    form = rule["format"]
+    if form is None:
+        return Rule(_of_type(rule, "pattern", str, where), None, layers)
+    if not isinstance(form, dict):
+        raise QuantError(f"{where}: format is {form!r}, must be an object or null")
+    _exact_keys(form, ("bits", "block_size", "symmetric"), f"{where}: format")
+    block = BlockFormat(
+        _of_type(form, "bits", int, where),
+        _of_type(form, "block_size", int, where),
+        _of_type(form, "symmetric", bool, where),
+    )
+    return Rule(_of_type(rule, "pattern", str, where), block, layers)
+
+
+def _exact_keys(document: Mapping[str, Any], keys: tuple[str, ...], where: str) -> None:
+    _known_keys(document, keys, where)
+    if missing := [key for key in keys if key not in document]:
+        raise QuantError(f"{where} lacks the key {missing[0]!r}")
+
+
+def _known_keys(document: Mapping[str, Any], keys: tuple[str, ...], where: str) -> None:
+    if extra := [key for key in document if key not in keys]:
+        raise QuantError(f"{where} has the unknown key {extra[0]!r}; known keys are {', '.join(keys)}")
+
+
+def _of_type(document: Mapping[str, Any], key: str, kind: type, where: str) -> Any:
+    if key not in document:
+        raise QuantError(f"{where} lacks the key {key!r}")
+    value = document[key]
+    if not isinstance(value, kind) or isinstance(value, bool) is not (kind is bool):
+        raise QuantError(f"{where}: {key} is {value!r}, must be of type {kind.__name__}")
+    return value
+
+
+INT4 = BlockFormat(bits=4, block_size=DEFAULT_BLOCK_SIZE[4], symmetric=DEFAULT_SYMMETRIC[4])
+INT8 = BlockFormat(bits=8, block_size=DEFAULT_BLOCK_SIZE[8], symmetric=DEFAULT_SYMMETRIC[8])
+
+_DECODER = "model.language_model.layers.*"
+_EMBEDDING = "model.language_model.embed_tokens.weight"
+_HEAD = "lm_head.weight"
+_VISION = "model.visual.*"
+
+
+def _everything(decoder: BlockFormat, rest: BlockFormat) -> tuple[Rule, ...]:
+    """Rules for the decoder's layers, and for head, embedding and vision."""
+    return (Rule(_DECODER, decoder), Rule(_HEAD, rest), Rule(_EMBEDDING, rest), Rule(_VISION, rest))
+
+
+# The mixed recipes of llama.cpp and onnxruntime-genai both give more bits to the values and the way down, in
+# the first and last eighth of the layers (and, unlike this one, in every third layer between).
+_SENSITIVE = (
+    Rule(f"{_DECODER}.self_attn.v_proj.weight", INT8, "outer:1/8"),
+    Rule(f"{_DECODER}.mlp.down_proj.weight", INT8, "outer:1/8"),
+)
+
+PRESETS: Mapping[str, Recipe] = MappingProxyType(
+    {
+        recipe.name: recipe
+        for recipe in (
+            Recipe("fp32", "float32", 0, ()),
+            Recipe("fp16", "float16", 0, ()),
+            Recipe("int8", "float32", 4, _everything(INT8, INT8)),
+            Recipe("int4", "float32", 4, _everything(INT4, INT8)),
+            Recipe("int4-mixed", "float32", 4, _SENSITIVE + _everything(INT4, INT8)),
+            Recipe("int4-all", "float32", 4, _everything(INT4, INT4)),
+        )
+    }
+)
+"""The recipes that have a name. Figures about them are in docs/quantization.md."""

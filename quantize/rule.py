@@ -1,0 +1,137 @@
+"""One rule of a recipe: a pattern of tensor names, the layers it is limited to, and the format it gives.
+
+In: patterns and layer ranges as a preset or a recipe file writes them. Out: whether a rule decides about a
+tensor. Knows how the layers of the decoder and of the vision tower are numbered in tensor names.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from fractions import Fraction
+from typing import Any
+
+from autoglm_edge.errors import QuantError
+
+from .formats import BlockFormat
+
+_RELATIVE = re.compile(r"(first|last|outer):(?:(\d{1,6})|(\d{1,6})/(\d{1,6}))")
+_ABSOLUTE = re.compile(r"\d{1,6}(?:-\d{1,6})?(?:,\d{1,6}(?:-\d{1,6})?)*")
+_LAYER = re.compile(r"(?:model\.language_model\.layers|model\.visual\.blocks)\.(\d+)\.")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What becomes of the tensors whose names match.
+
+    Attributes:
+        pattern: of checkpoint tensor names, with the wildcards of `fnmatch`; * also matches dots.
+        format: how they are stored; None keeps them float.
+        layers: None for all; "first:N", "last:N" or "outer:N" (first and last), where N is a number of layers
+            or a fraction of them, such as 1/8, rounded up; or layer numbers from 0, such as "0-4,35-39".
+    """
+
+    pattern: str
+    format: BlockFormat | None
+    layers: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.pattern:
+            raise QuantError('a rule has an empty pattern; "*" matches every tensor')
+        if self.layers is None:
+            return
+        relative = _RELATIVE.fullmatch(self.layers)
+        if relative is None and not _ABSOLUTE.fullmatch(self.layers):
+            raise QuantError(
+                f'the rule for {self.pattern} has layers = "{self.layers}", must look like "first:5", '
+                '"last:1/8", "outer:1/8" or "0-4,35-39"'
+            )
+        if relative is not None and not _is_sensible(relative):
+            raise QuantError(
+                f'the rule for {self.pattern} has layers = "{self.layers}", must be one layer or more, or a '
+                "fraction above 0 and at most 1"
+            )
+
+    @property
+    def is_relative(self) -> bool:
+        """Whether `layers` means something only once the number of layers is known."""
+        return self.layers is not None and _RELATIVE.fullmatch(self.layers) is not None
+
+    def matches(self, name: str) -> bool:
+        """Whether the rule decides about the tensor of this name.
+
+        Raises:
+            QuantError: `layers` is relative and the pattern matches; use `Recipe.for_layers` before.
+        """
+        if not fnmatchcase(name, self.pattern):
+            return False
+        if self.layers is None:
+            return True
+        index = _layer_of(name)
+        if index is None:
+            return False
+        if self.is_relative:
+            raise QuantError(
+                f'layers = "{self.layers}" of the rule for {self.pattern} needs the number of layers; '
+                "call Recipe.for_layers first"
+            )
+        return any(low <= index <= high for low, high in _ranges(self.layers))
+
+    def for_layers(self, *, decoder: int, vision: int) -> Rule:
+        """The same rule with layer numbers, if `layers` is relative; else itself.
+
+        Args:
+            decoder: layers of the decoder.
+            vision: blocks of the vision tower; counted from by patterns that begin with "model.visual.".
+        """
+        if self.layers is None or not self.is_relative:
+            return self
+        depth = vision if self.pattern.startswith("model.visual.") else decoder
+        return replace(self, layers=_absolute(self.layers, depth))
+
+    def to_json(self) -> dict[str, Any]:
+        """The rule as JSON values."""
+        form = self.format
+        stored = (
+            None
+            if form is None
+            else {"bits": form.bits, "block_size": form.block_size, "symmetric": form.symmetric}
+        )
+        return {"pattern": self.pattern, "format": stored, "layers": self.layers}
+
+
+def _layer_of(name: str) -> int | None:
+    """Number of the layer that a tensor belongs to, None if it is in no stack."""
+    found = _LAYER.match(name)
+    return int(found[1]) if found else None
+
+
+def _is_sensible(relative: re.Match[str]) -> bool:
+    """Whether 'first:N' and the like has an N that can mean at least one layer, and no more than all."""
+    if relative[2] is not None:
+        return int(relative[2]) > 0
+    return 0 < int(relative[3]) <= int(relative[4])
+
+
+def _ranges(layers: str) -> list[tuple[int, int]]:
+    """'0-4,35' to [(0, 4), (35, 35)]."""
+    pairs = [item.partition("-") for item in layers.split(",")]
+    return [(int(low), int(high or low)) for low, _, high in pairs]
+
+
+def _absolute(layers: str, depth: int) -> str:
+    """'outer:1/8' of 40 to '0-4,35-39'."""
+    match = _RELATIVE.fullmatch(layers)
+    assert match is not None
+    count = (
+        int(match[2]) if match[2] is not None else math.ceil(Fraction(int(match[3]), int(match[4])) * depth)
+    )
+    count = min(count, depth)
+    spans = []
+    if match[1] in ("first", "outer"):
+        spans.append(f"0-{count - 1}")
+    if match[1] in ("last", "outer"):
+        spans.append(f"{depth - count}-{depth - 1}")
+    return ",".join(spans)
