@@ -1,0 +1,307 @@
+"""manifest.json: all that the runtime knows of a model.
+
+In: the JSON document of a bundle. Out: frozen dataclasses, checked on construction. The runtime takes
+every name, shape, token id and pixel budget from here and has no other knowledge of model families.
+Unknown keys, missing keys and values of a wrong type are errors: a manifest is ours, so it is either right
+or damaged. The format is specified in docs/bundle.md and runtime/manifest.schema.json.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+from typing import Any
+
+from autoglm_edge.errors import BundleError, RequestError
+
+FORMAT_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+PART_NAMES = ("decoder", "embedding", "vision")
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """One file of the bundle.
+
+    Attributes:
+        path: relative to the bundle folder, no directories above it.
+        size_bytes: exact size.
+        sha256: lower-case hex digest of the whole file.
+    """
+
+    path: str
+    size_bytes: int
+    sha256: str
+
+    def __post_init__(self) -> None:
+        pure = PurePosixPath(self.path)
+        if pure.is_absolute() or ".." in pure.parts or "\\" in self.path or not self.path:
+            raise BundleError(f"{MANIFEST_NAME} names the file {self.path!r}, which lies outside the bundle")
+        if self.size_bytes < 0:
+            raise BundleError(f"{MANIFEST_NAME} gives {self.path} the size {self.size_bytes}")
+        if len(self.sha256) != 64 or set(self.sha256) - set("0123456789abcdef"):
+            raise BundleError(f"{MANIFEST_NAME} gives {self.path} a malformed SHA-256, {self.sha256!r}")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the weights came from.
+
+    Attributes:
+        model: hub id or folder name of the checkpoint.
+        revision: commit of a hub download, else None.
+        config_sha256: digest of the checkpoint's config.json, byte for byte.
+        parameters: number of weights in the checkpoint.
+    """
+
+    model: str
+    revision: str | None
+    config_sha256: str
+    parameters: int
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Shapes of the graphs, in the letters of docs/glossary.md.
+
+    Attributes:
+        layers: L, decoder layers, hence pairs of KV inputs.
+        hidden: C, width of inputs_embeds.
+        heads: H, query heads.
+        kv_heads: K, key/value heads.
+        head_dim: D.
+        vocab: V, width of the logits (padded; the tokenizer may know fewer ids).
+        context_length: largest position the model was trained for.
+    """
+
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    context_length: int
+
+    def __post_init__(self) -> None:
+        for item in dataclasses.fields(self):
+            if getattr(self, item.name) < 1:
+                raise BundleError(f"{MANIFEST_NAME}: geometry.{item.name} is {getattr(self, item.name)}, must be at least 1")
+
+
+@dataclass(frozen=True)
+class ImageSpec:
+    """How a picture becomes patches; the pixel budget counts every frame, and a still image has two.
+
+    Attributes:
+        patch_size: side of a patch in pixels.
+        temporal_patch_size: frames per patch; a still image is repeated so often.
+        merge_size: side of a merge block in patches; merge_size ** 2 patches become one token.
+        min_pixels: least temporal_patch_size * height * width after resizing.
+        max_pixels: most temporal_patch_size * height * width after resizing.
+        mean: per channel (RGB), after rescaling.
+        std: per channel (RGB), after rescaling.
+        rescale_factor: multiplies the 0..255 values.
+        resample: PIL resampling filter number (3 is bicubic).
+    """
+
+    patch_size: int
+    temporal_patch_size: int
+    merge_size: int
+    min_pixels: int
+    max_pixels: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    rescale_factor: float
+    resample: int
+
+    @property
+    def patch_dim(self) -> int:
+        """Length of one row of pixel_values."""
+        return 3 * self.temporal_patch_size * self.patch_size**2
+
+    @property
+    def pixels_per_token(self) -> int:
+        """Budget that one image token costs: all frames of one merge block."""
+        return self.temporal_patch_size * (self.patch_size * self.merge_size) ** 2
+
+    @property
+    def max_tokens(self) -> int:
+        """The most tokens that one image can become."""
+        return self.max_pixels // self.pixels_per_token
+
+    def with_max_tokens(self, tokens: int) -> ImageSpec:
+        """The same processor with a budget of `tokens` image tokens per picture.
+
+        Raises:
+            RequestError: the budget is below what the smallest picture needs.
+        """
+        least = -(-self.min_pixels // self.pixels_per_token)
+        if tokens < least:
+            raise RequestError(f"max_image_tokens is {tokens}, but this model's smallest picture needs {least}")
+        return dataclasses.replace(self, max_pixels=tokens * self.pixels_per_token)
+
+
+@dataclass(frozen=True)
+class TokenSpec:
+    """Token ids with a meaning to the runtime.
+
+    Attributes:
+        eos: any of these ends generation and is not part of the text.
+        pad: filler, or None.
+        image: placeholder that image features replace.
+        image_start: id before the placeholders of an image.
+        image_end: id after them.
+    """
+
+    eos: tuple[int, ...]
+    pad: int | None
+    image: int
+    image_start: int
+    image_end: int
+
+
+@dataclass(frozen=True)
+class Part:
+    """One graph.
+
+    Attributes:
+        graph: file with the ONNX graph.
+        data: file with its weights.
+        weight_bytes: bytes of weights in the data file.
+    """
+
+    graph: str
+    data: str
+    weight_bytes: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The whole of manifest.json.
+
+    Attributes:
+        format_version: 1.
+        created_by: "autoglm-edge X.Y.Z".
+        tools: versions of the packages that wrote the graphs.
+        source: the checkpoint.
+        geometry: shapes.
+        image: image processor.
+        tokens: special ids.
+        recipe: the recipe as written by quantize.recipe (its name, and the rules in order).
+        activations: dtype of the hidden states: "float32" or "float16".
+        kv_dtype: dtype of the KV inputs: "float32" or "float16".
+        kv_bytes_per_token: bytes that one token adds to the cache, all layers.
+        parts: decoder, embedding and vision.
+        generation: sampling defaults of the checkpoint (temperature, top_p, ...), as far as it gives any.
+        files: every file of the bundle but the manifest itself.
+        figures: measured parity and memory of exactly these files; empty until measured.
+    """
+
+    format_version: int
+    created_by: str
+    tools: dict[str, str]
+    source: Source
+    geometry: Geometry
+    image: ImageSpec
+    tokens: TokenSpec
+    recipe: dict[str, Any]
+    activations: str
+    kv_dtype: str
+    kv_bytes_per_token: int
+    parts: dict[str, Part]
+    generation: dict[str, float]
+    files: tuple[FileEntry, ...]
+    figures: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.format_version != FORMAT_VERSION:
+            raise BundleError(
+                f"{MANIFEST_NAME} has format version {self.format_version}, this release reads {FORMAT_VERSION}; "
+                "export the checkpoint again with this release"
+            )
+        if set(self.parts) != set(PART_NAMES):
+            raise BundleError(f"{MANIFEST_NAME} lists the parts {sorted(self.parts)}, must be {sorted(PART_NAMES)}")
+        for name in (self.activations, self.kv_dtype):
+            if name not in ("float32", "float16"):
+                raise BundleError(f"{MANIFEST_NAME} names the dtype {name!r}, must be float32 or float16")
+        paths = [entry.path for entry in self.files]
+        if len(set(paths)) != len(paths):
+            raise BundleError(f"{MANIFEST_NAME} lists a file twice")
+        for name, part in self.parts.items():
+            for path in (part.graph, part.data):
+                if path not in paths:
+                    raise BundleError(f"{MANIFEST_NAME}: part {name} needs {path}, which is not among its files")
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all listed files."""
+        return sum(entry.size_bytes for entry in self.files)
+
+    def to_json(self) -> str:
+        """The document, stable in its order, ending in a newline."""
+        return json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Manifest:
+        """Read and check a document.
+
+        Raises:
+            BundleError: not JSON, a key too many or missing, a value of a wrong type or out of range.
+        """
+        try:
+            document = json.loads(text)
+        except ValueError as error:
+            raise BundleError(f"{MANIFEST_NAME} is not JSON ({error}); export the checkpoint again") from error
+        manifest = _build(cls, document, MANIFEST_NAME)
+        assert isinstance(manifest, Manifest)
+        return manifest
+
+
+def _build(kind: Any, value: Any, where: str) -> Any:
+    """Make `kind` (a dataclass, a container of one, or a plain type) out of parsed JSON."""
+    origin = typing.get_origin(kind)
+    if dataclasses.is_dataclass(kind):
+        return _build_dataclass(kind, value, where)
+    if origin is tuple:
+        inner = typing.get_args(kind)
+        if not isinstance(value, list) or (inner[-1] is not ... and len(value) != len(inner)):
+            raise BundleError(f"{where} is {value!r}, must be a list" + ("" if inner[-1] is ... else f" of {len(inner)}"))
+        return tuple(_build(inner[0], item, f"{where}[{index}]") for index, item in enumerate(value))
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise BundleError(f"{where} is {value!r}, must be an object")
+        inner = typing.get_args(kind)
+        return {key: _build(inner[1], item, f"{where}.{key}") for key, item in value.items()}
+    if origin in (typing.Union, types.UnionType):
+        if value is None:
+            return None
+        kind = next(option for option in typing.get_args(kind) if option is not type(None))
+        return _build(kind, value, where)
+    if kind is Any:
+        return value
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, kind) or isinstance(value, bool) is not (kind is bool):
+        raise BundleError(f"{where} is {value!r}, must be of type {kind.__name__}")
+    return value
+
+
+def _build_dataclass(kind: Any, value: Any, where: str) -> Any:
+    if not isinstance(value, dict):
+        raise BundleError(f"{where} is {value!r}, must be an object")
+    hints = typing.get_type_hints(kind)
+    known = {item.name: item for item in dataclasses.fields(kind)}
+    if extra := sorted(set(value) - set(known)):
+        raise BundleError(f"{where} has the unknown key {extra[0]!r}; it was written by another release")
+    optional = {
+        name
+        for name, item in known.items()
+        if item.default is not dataclasses.MISSING or item.default_factory is not dataclasses.MISSING
+    }
+    if missing := sorted(set(known) - set(value) - optional):
+        raise BundleError(f"{where} lacks the key {missing[0]!r}; export the checkpoint again")
+    return kind(**{name: _build(hints[name], item, f"{where}.{name}") for name, item in value.items()})
