@@ -1,0 +1,248 @@
+"""The small files of a bundle, and its manifest: everything but the weights.
+
+In: a `Job`, which is a checkpoint with all decisions made. Out: file names and bytes. Nothing here is read
+from or written to the output folder, so that an estimate can add up the very bytes that an export will write.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from autoglm_edge.errors import CheckpointError, ExportError
+from autoglm_edge.quantize.recipe import Recipe
+from autoglm_edge.runtime.manifest import (
+    FORMAT_VERSION,
+    FileEntry,
+    Geometry,
+    ImageSpec,
+    Manifest,
+    Part,
+    Source,
+)
+
+from .card import CARD_NAME, model_card
+from .checkpoint import Checkpoint, ModelConfig, expected_tensors
+from .genai import GENAI_NAME, genai_config, to_bytes
+from .plan import ITEM_BYTES, PartPlan
+
+TOOLS = ("numpy", "onnx", "onnx-ir", "onnxscript")
+"""Packages whose version can change what is written."""
+
+PROCESSOR_NAME = "preprocessor_config.json"
+IR_DTYPES: dict[str, ir.DataType] = {
+    "float32": ir.DataType.FLOAT,
+    "float16": ir.DataType.FLOAT16,
+    "uint8": ir.DataType.UINT8,
+}
+_LICENCE = re.compile(rb"\A---\n.*?^license:[ \t]*([\w.+-]+)[ \t]*$.*?^---", re.MULTILINE | re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Job:
+    """An export with every decision made.
+
+    Attributes:
+        checkpoint: the source.
+        config: of the checkpoint, with the image budget of the bundle.
+        recipe: with the layer numbers of this checkpoint.
+        plans: decoder, embedding and vision, in this order.
+        max_image_tokens: the budget that was asked for; None keeps the checkpoint's own.
+    """
+
+    checkpoint: Checkpoint
+    config: ModelConfig
+    recipe: Recipe
+    plans: tuple[PartPlan, ...]
+    max_image_tokens: int | None
+
+    @property
+    def weight_count(self) -> int:
+        """Weights over all parts, in the sense of `plan.Weight`."""
+        return sum(len(plan.weights) for plan in self.plans)
+
+    @property
+    def data_bytes(self) -> int:
+        """Bytes of all data files."""
+        return sum(plan.data_bytes for plan in self.plans)
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes that one token adds to the KV cache: keys and values of every layer."""
+        text = self.config.text
+        return 2 * text.layers * text.kv_heads * text.head_dim * ITEM_BYTES[self.recipe.activations]
+
+    def fingerprint(self) -> str:
+        """SHA-256 over all that decides which bytes land where in the data files; equal for equal exports."""
+        document = {
+            "created_by": created_by(),
+            "numpy": version("numpy"),
+            "weights": self.checkpoint.tensors.fingerprint(),
+            "config": self.config.config_sha256,
+            "max_image_tokens": self.max_image_tokens,
+            "recipe": self.recipe.to_json(),
+            "layout": [
+                [plan.name, plan.data_bytes, [repr(weight) for weight in plan.weights]] for plan in self.plans
+            ],
+        }
+        return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
+
+
+def created_by() -> str:
+    """This program and its version, as manifests name it."""
+    return f"autoglm-edge {version('autoglm-edge')}"
+
+
+def graph_bytes(plan: PartPlan) -> bytes:
+    """Serialize a graph whose weights lie in its data file.
+
+    Raises:
+        ExportError: the graph and its weight plan do not name the same initializers.
+    """
+    pieces = {piece.name: piece for weight in plan.weights for piece in weight.pieces}
+    values = plan.model.graph.initializers
+    for name, piece in pieces.items():
+        if name not in values:
+            raise ExportError(f"{plan.graph_file} has no initializer {name}, which its weight plan stores")
+        values[name].const_value = ir.ExternalTensor(
+            plan.data_file,
+            piece.offset,
+            piece.size_bytes,
+            IR_DTYPES[piece.dtype],
+            shape=ir.Shape(piece.shape),
+            name=name,
+        )
+    if empty := [name for name, value in values.items() if value.const_value is None]:
+        raise ExportError(
+            f"{plan.graph_file} needs the initializer {empty[0]}, which its weight plan does not store"
+        )
+    plan.model.producer_name = "autoglm-edge"
+    plan.model.producer_version = version("autoglm-edge")
+    return ir.to_proto(plan.model).SerializeToString(deterministic=True)
+
+
+def small_files(job: Job) -> dict[str, bytes]:
+    """Every file of the bundle but the data files and the manifest, by name.
+
+    Raises:
+        CheckpointError: a file of the checkpoint that must be edited is damaged.
+        ExportError: a graph and its weight plan disagree.
+    """
+    files = {plan.graph_file: graph_bytes(plan) for plan in job.plans}
+    side = job.checkpoint.side_files()
+    if clash := sorted(set(side) & {*files, CARD_NAME, GENAI_NAME, *(plan.data_file for plan in job.plans)}):
+        raise ExportError(f"the checkpoint wants to add {clash[0]}, a name that the bundle itself uses")
+    if job.max_image_tokens is not None and PROCESSOR_NAME in side:
+        side[PROCESSOR_NAME] = with_pixel_budget(side[PROCESSOR_NAME], job.config.image)
+    files.update(side)
+    plans = {plan.name: plan for plan in job.plans}
+    files[GENAI_NAME] = to_bytes(genai_config(job.config, plans, _json_object(side, "config.json")))
+    sizes = {name: len(content) for name, content in files.items()}
+    sizes.update({plan.data_file: plan.data_bytes for plan in job.plans})
+    card = model_card(
+        config=job.config,
+        model=job.config.source,
+        recipe=job.recipe,
+        image=job.config.image,
+        created_by=created_by(),
+        kv_bytes_per_token=job.kv_bytes_per_token,
+        parts=parts(job),
+        sizes=sizes,
+        licence=licence_of(job.checkpoint.path),
+    )
+    files[CARD_NAME] = card.encode()
+    return files
+
+
+def parts(job: Job) -> dict[str, Part]:
+    """The parts as the manifest lists them."""
+    return {plan.name: Part(plan.graph_file, plan.data_file, plan.weight_bytes) for plan in job.plans}
+
+
+def build_manifest(job: Job, files: Mapping[str, tuple[int, str]]) -> Manifest:
+    """The manifest of a bundle.
+
+    Args:
+        job: what was exported.
+        files: size and SHA-256 of every file, by name.
+    """
+    config, text = job.config, job.config.text
+    expected = expected_tensors(config)
+    return Manifest(
+        format_version=FORMAT_VERSION,
+        created_by=created_by(),
+        tools={name: version(name) for name in TOOLS},
+        source=Source(
+            model=job.config.source,
+            revision=job.checkpoint.revision,
+            config_sha256=config.config_sha256,
+            parameters=sum(math.prod(shape) for shape in expected.values()),
+        ),
+        geometry=Geometry(
+            layers=text.layers,
+            hidden=text.hidden,
+            heads=text.heads,
+            kv_heads=text.kv_heads,
+            head_dim=text.head_dim,
+            vocab=text.vocab,
+            context_length=text.context_length,
+        ),
+        image=config.image,
+        tokens=config.tokens,
+        recipe=job.recipe.to_json(),
+        activations=job.recipe.activations,
+        kv_dtype=job.recipe.activations,
+        kv_bytes_per_token=job.kv_bytes_per_token,
+        parts=parts(job),
+        generation=dict(config.generation),
+        files=tuple(FileEntry(name, size, digest) for name, (size, digest) in sorted(files.items())),
+    )
+
+
+def with_pixel_budget(content: bytes, image: ImageSpec) -> bytes:
+    """preprocessor_config.json with the upper limit of `image`, wherever the checkpoint's release keeps it.
+
+    Raises:
+        CheckpointError: no JSON object.
+    """
+    document = _json_object({PROCESSOR_NAME: content}, PROCESSOR_NAME)
+    size = document.get("size")
+    if isinstance(size, dict):
+        size["longest_edge"] = image.max_pixels
+    if "max_pixels" in document:
+        document["max_pixels"] = image.max_pixels
+    if not isinstance(size, dict) and "max_pixels" not in document:
+        document["size"] = {"shortest_edge": image.min_pixels, "longest_edge": image.max_pixels}
+    return (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def licence_of(checkpoint: Path) -> str | None:
+    """The licence that the checkpoint's own model card names, or None."""
+    try:
+        found = _LICENCE.match((checkpoint / CARD_NAME).read_bytes().replace(b"\r\n", b"\n"))
+    except OSError:
+        return None
+    return found[1].decode() if found else None
+
+
+def _json_object(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
+    try:
+        document = json.loads(files[name])
+    except KeyError as error:
+        raise CheckpointError(f"the checkpoint has no {name}; download it again") from error
+    except ValueError as error:
+        raise CheckpointError(f"{name} of the checkpoint is not JSON ({error}); download it again") from error
+    if not isinstance(document, dict):
+        raise CheckpointError(
+            f"{name} of the checkpoint is a {type(document).__name__}, must be a JSON object"
+        )
+    return document

@@ -1,0 +1,234 @@
+"""What an export will write, need and take: sizes to the byte, memory and time as estimates, nothing written.
+
+In: a `Job`. Out: an `Estimate`. Sizes are sums over the plans and over the very bytes of the small files;
+time comes from a trial of the number formats on this machine. Knows nothing of how the weights are stored in
+the checkpoint.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import resource
+import shutil
+import sys
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from autoglm_edge.quantize.formats import BlockFormat, quantize_rows
+from autoglm_edge.runtime.manifest import MANIFEST_NAME
+
+from .card import readable
+from .contents import Job, build_manifest, small_files
+from .plan import PartPlan, Weight
+from .staging import nearest_folder
+from .writer import default_workers, in_flight_bytes
+
+TRIAL_ROWS, TRIAL_COLUMNS = 512, 4096
+TRIAL_REPEATS = 2
+SHORT_CONTEXT = 4096
+
+
+@dataclass(frozen=True)
+class PartEstimate:
+    """One part of the bundle.
+
+    Attributes:
+        name: decoder, embedding or vision.
+        graph_bytes: of the graph file.
+        data_bytes: of the data file, padding between pieces included.
+        weight_bytes: of the weights in it.
+    """
+
+    name: str
+    graph_bytes: int
+    data_bytes: int
+    weight_bytes: int
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What an export comes to.
+
+    Attributes:
+        model: hub id or folder name of the checkpoint. recipe: name of the recipe. activations: "float32" or
+        "float16". parts: decoder, embedding, vision. other_bytes: of tokenizer, template, configuration, card
+        and manifest. total_bytes: of the whole bundle, exact. source_bytes: of the checkpoint's tensors.
+        free_bytes: on the disk of the output. fits: whether the disk has room. peak_anonymous_bytes: memory
+        that the export itself needs, at most; mapped files not counted. seconds: that reading, converting and
+        hashing take on this machine, if the disks keep up. weights_mapped_bytes: at run time, clean pages
+        that the system can drop and read again. weights_copied_bytes: at run time on a CPU, at most: weights
+        that onnxruntime copies into an order of its own,
+            when it loads them; these cannot be dropped.
+        kv_bytes_per_token: what a token adds to the KV cache.
+        kv_bytes_at_4096: KV cache of 4,096 tokens.
+        kv_bytes_at_full_context: KV cache of the longest context.
+        context_length: the longest context, in tokens.
+    """
+
+    model: str
+    recipe: str
+    activations: str
+    parts: tuple[PartEstimate, ...]
+    other_bytes: int
+    total_bytes: int
+    source_bytes: int
+    free_bytes: int
+    fits: bool
+    peak_anonymous_bytes: int
+    seconds: float
+    weights_mapped_bytes: int
+    weights_copied_bytes: int
+    kv_bytes_per_token: int
+    kv_bytes_at_4096: int
+    kv_bytes_at_full_context: int
+    context_length: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON values."""
+        return dataclasses.asdict(self)
+
+    def to_json(self) -> str:
+        """One document, on one line."""
+        return json.dumps(self.to_dict(), ensure_ascii=False)
+
+    def to_table(self) -> str:
+        """Lines for people."""
+        rows = [(f"{part.name}", readable(part.graph_bytes + part.data_bytes)) for part in self.parts]
+        room = "enough" if self.fits else "NOT ENOUGH"
+        rows += [
+            ("other files", readable(self.other_bytes)),
+            ("bundle", f"{readable(self.total_bytes)} ({self.total_bytes:,} bytes)"),
+            ("checkpoint", readable(self.source_bytes)),
+            ("free on disk", f"{readable(self.free_bytes)}, {room}"),
+            (
+                "export takes",
+                f"about {_duration(self.seconds)}, {readable(self.peak_anonymous_bytes)} of memory",
+            ),
+            ("weights in use", f"{readable(self.weights_mapped_bytes)} mapped"),
+            ("", f"up to {readable(self.weights_copied_bytes)} copied by onnxruntime's CPU kernels"),
+            ("KV cache", f"{readable(self.kv_bytes_per_token)} per token"),
+            ("", f"{readable(self.kv_bytes_at_4096)} at {SHORT_CONTEXT:,} tokens"),
+            ("", f"{readable(self.kv_bytes_at_full_context)} at {self.context_length:,} tokens"),
+        ]
+        head = f"{self.model} as {self.recipe}, {self.activations} activations"
+        return "\n".join([head, *(f"  {label:<16}{value}" for label, value in rows)])
+
+
+def estimate_job(job: Job, output: Path) -> Estimate:
+    """Estimate an export.
+
+    Args:
+        job: what would be exported.
+        output: where to; only the free space of its disk is looked at.
+    """
+    small = {name: len(content) for name, content in small_files(job).items()}
+    unknown = "0" * 64  # digests differ in value, not in length
+    files = {name: (size, unknown) for name, size in small.items()}
+    files.update({plan.data_file: (plan.data_bytes, unknown) for plan in job.plans})
+    small[MANIFEST_NAME] = len(build_manifest(job, files).to_json().encode())
+    graph_bytes = sum(small[plan.graph_file] for plan in job.plans)
+    small_bytes = sum(small.values())
+    total_bytes = job.data_bytes + small_bytes
+    free_bytes = shutil.disk_usage(nearest_folder(output)).free
+    workers = default_workers()
+    tensors = job.checkpoint.tensors
+    working = max(in_flight_bytes(plan, tensors, workers) for plan in job.plans)
+    kv = job.kv_bytes_per_token
+    context = job.config.text.context_length
+    return Estimate(
+        model=job.config.source,
+        recipe=job.recipe.name,
+        activations=job.recipe.activations,
+        parts=tuple(
+            PartEstimate(plan.name, small[plan.graph_file], plan.data_bytes, plan.weight_bytes)
+            for plan in job.plans
+        ),
+        other_bytes=small_bytes - graph_bytes,
+        total_bytes=total_bytes,
+        source_bytes=tensors.size_bytes,
+        free_bytes=free_bytes,
+        fits=free_bytes >= total_bytes,
+        peak_anonymous_bytes=_process_bytes() + 2 * working + small_bytes,
+        seconds=expected_seconds(job, workers),
+        weights_mapped_bytes=job.data_bytes,
+        weights_copied_bytes=sum(_copied_bytes(plan) for plan in job.plans),
+        kv_bytes_per_token=kv,
+        kv_bytes_at_4096=SHORT_CONTEXT * kv,
+        kv_bytes_at_full_context=context * kv,
+        context_length=context,
+    )
+
+
+def expected_seconds(job: Job, workers: int) -> float:
+    """Time for all weights, from a trial of each number format on this machine with that many threads."""
+    values: Counter[BlockFormat | str] = Counter()
+    for plan in job.plans:
+        for weight in plan.weights:
+            values[weight.quant or weight.action] += weight.rows * weight.columns
+    rates = {kind: values_per_second(kind, workers) for kind in values}
+    return sum(count / rates[kind] for kind, count in values.items())
+
+
+def values_per_second(kind: BlockFormat | str, workers: int) -> float:
+    """Weights per second that this machine converts to a format; copies are casts to float32 in memory.
+
+    Args:
+        kind: a number format, "copy" or "transpose".
+        workers: threads at work.
+    """
+    rows = np.random.default_rng(0).standard_normal((TRIAL_ROWS, TRIAL_COLUMNS), np.float32)
+
+    def once(_: int) -> None:
+        if isinstance(kind, BlockFormat):
+            quantize_rows(rows, kind)
+        elif kind == "transpose":
+            np.ascontiguousarray(rows.T)
+        else:
+            rows.copy()
+
+    with ThreadPoolExecutor(workers) as pool:
+        list(pool.map(once, range(workers)))  # the first time pays for new memory
+        start = time.perf_counter()
+        list(pool.map(once, range(workers * TRIAL_REPEATS)))
+        seconds = time.perf_counter() - start
+    return workers * TRIAL_REPEATS * rows.size / max(seconds, 1e-9)
+
+
+def _copied_bytes(plan: PartPlan) -> int:
+    """Weights of matrix products; the table of the embedding is only looked up and stays mapped."""
+    return sum(
+        _weight_bytes(weight) for weight in plan.weights if plan.name != "embedding" and _is_matrix(weight)
+    )
+
+
+def _is_matrix(weight: Weight) -> bool:
+    return weight.action in ("quantize", "transpose")
+
+
+def _weight_bytes(weight: Weight) -> int:
+    return sum(piece.size_bytes for piece in weight.pieces)
+
+
+def _process_bytes() -> int:
+    """Anonymous memory of this process as it is now; elsewhere than on Linux, its peak of all memory."""
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("RssAnon:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 99.5:
+        return f"{max(seconds, 1):.0f} s"
+    return f"{seconds / 60:.0f} min"

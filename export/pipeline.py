@@ -1,0 +1,424 @@
+"""From a checkpoint to a bundle, in steps that survive a crash.
+
+In: a checkpoint, a recipe, an output path. Out: a bundle there, or an error and nothing there. Decides the
+order of things; how a graph looks, how a tensor is read or quantized, and what a manifest holds is decided
+elsewhere.
+
+    checkpoint ─► recipe ─► three plans ─► checks (names, output, lock, disk)
+        ─► data files ─► graphs and small files ─► SHA-256 of all ─► manifest.json ─► rename
+
+Weights that have reached the disk are journalled, so an export that was killed, cancelled or ran out of disk
+goes on where it stopped. The same checkpoint, recipe and release give the same bytes, interrupted or not.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import math
+import os
+import shutil
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from autoglm_edge.embedded import pocket_path
+from autoglm_edge.errors import ExportError
+from autoglm_edge.quantize.recipe import Activations, Recipe, resolve
+from autoglm_edge.runtime.bundle import Bundle
+from autoglm_edge.runtime.manifest import MANIFEST_NAME, ImageSpec
+
+from .checkpoint import Checkpoint, ModelConfig, expected_tensors
+from .contents import Job, build_manifest, small_files
+from .embedding import plan_embedding
+from .forecast import Estimate, estimate_job
+from .journal import Entries, Journal, read_journal
+from .plan import PartPlan, Weight
+from .progress import Progress, ProgressEvent, silent
+from .staging import Staging, check_output, nearest_folder, write_file
+from .text import plan_decoder
+from .vision import plan_vision
+from .writer import source_matrix, write_part
+
+__all__ = ["ExportOptions", "Progress", "ProgressEvent", "estimate", "export"]
+
+HASH_BLOCK_BYTES = 1 << 20
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+DISK_MARGIN_BYTES = 16 << 20
+"""Left free on top of what is needed: the journal, and what a file system takes for itself."""
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What may be chosen about an export, beside its source and its place.
+
+    Attributes:
+        recipe: which tensor gets which format.
+        max_image_tokens: most tokens per image; None keeps the checkpoint's budget.
+        resume: go on with an interrupted export, and fail if there is none.
+        force: start over, and replace a bundle that is there.
+    """
+
+    recipe: Recipe
+    max_image_tokens: int | None = None
+    resume: bool = False
+    force: bool = False
+
+    def __post_init__(self) -> None:
+        if self.max_image_tokens is not None and self.max_image_tokens < 1:
+            raise ExportError(f"max_image_tokens is {self.max_image_tokens}, must be at least 1")
+
+    @classmethod
+    def choose(
+        cls,
+        *,
+        precision: str,
+        recipe: str | Path | Recipe | None,
+        block_size: int | None,
+        symmetric: bool | None,
+        activations: Activations | None,
+        accuracy_level: int | None,
+        max_image_tokens: int | None,
+        resume: bool = False,
+        force: bool = False,
+    ) -> ExportOptions:
+        """Make options of what a caller names; a recipe goes before a precision.
+
+        Raises:
+            QuantError: unknown precision or recipe, or a value that does not fit it.
+            ExportError: a value out of range.
+        """
+        base = recipe if isinstance(recipe, Recipe) else resolve(precision if recipe is None else recipe)
+        changed = base.with_(
+            block_size=block_size, symmetric=symmetric, activations=activations, accuracy_level=accuracy_level
+        )
+        return cls(changed, max_image_tokens, resume, force)
+
+
+def export(
+    model: str | Path | None,
+    output: str | Path,
+    *,
+    precision: str = "int4",
+    block_size: int | None = None,
+    symmetric: bool | None = None,
+    recipe: str | Path | Recipe | None = None,
+    max_image_tokens: int | None = None,
+    revision: str | None = None,
+    activations: Activations | None = None,
+    accuracy_level: int | None = None,
+    resume: bool = False,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Bundle:
+    """Make a bundle of a checkpoint.
+
+    While it runs, files grow in `output` + ".partial", and `output` appears in one step at the end. If an
+    earlier attempt at the same export was interrupted, it is continued; one at another export is an error,
+    unless `force` is given.
+
+    Args:
+        model: folder of a checkpoint, a hub id, or "pocket"; None is the embedded pocket model. output:
+        folder of the bundle; it must not exist, or be empty, or hold a bundle and `force` be given.
+        precision: name of a preset recipe: fp32, fp16, int8, int4, int4-mixed or int4-all. block_size:
+        weights that share a scale: 32, 64 or 128, in place of the recipe's own. symmetric: whether to store
+        no zero points, in place of the recipe's own. recipe: a recipe, its TOML file or its name, in place of
+        `precision`. max_image_tokens: most tokens per image, in place of the checkpoint's budget. revision:
+        branch, tag or commit of a hub checkpoint. activations: "float32" or "float16", in place of the
+        recipe's own. accuracy_level: of MatMulNBits, 0 to 4, in place of the recipe's own. resume: insist on
+        continuing an interrupted export. With `force`, that export may replace a bundle. force: discard an
+        interrupted export and replace the bundle at `output`; the old one stays until the new
+            one is complete.
+        progress: called with what is going on, from this thread.
+
+    Returns:
+        The bundle, opened.
+
+    Raises:
+        CheckpointError: the checkpoint is missing, foreign, incomplete or damaged.
+        QuantError: the recipe, or a weight that it cannot take.
+        ExportError: output, disk space, or the request itself.
+    """
+    options = ExportOptions.choose(
+        precision=precision,
+        recipe=recipe,
+        block_size=block_size,
+        symmetric=symmetric,
+        activations=activations,
+        accuracy_level=accuracy_level,
+        max_image_tokens=max_image_tokens,
+        resume=resume,
+        force=force,
+    )
+    tell = progress or silent
+    place = Path(os.path.realpath(output))
+    # Said before the checkpoint is opened, which can mean a download.
+    if not Staging(place).folder.exists():
+        check_output(place, force=force)
+    tell(ProgressEvent("checkpoint", str(model or "pocket"), 0, 0))
+    checkpoint = Checkpoint.open(pocket_path() if model is None else model, revision)
+    check_apart(place, checkpoint.path)
+    _carry_out(prepare(checkpoint, options), place, options, tell)
+    tell(ProgressEvent("done", str(output), 0, 0))
+    return Bundle.open(Path(output))
+
+
+def estimate(
+    model: str | Path | None,
+    output: str | Path,
+    *,
+    precision: str = "int4",
+    block_size: int | None = None,
+    symmetric: bool | None = None,
+    recipe: str | Path | Recipe | None = None,
+    max_image_tokens: int | None = None,
+    revision: str | None = None,
+    activations: Activations | None = None,
+    accuracy_level: int | None = None,
+    resume: bool = False,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Estimate:
+    """Say what `export` with the same arguments would write, need and take, without writing anything.
+
+    Raises:
+        CheckpointError: as in `export`. QuantError: as in `export`. ExportError: as in `export`, but for an
+        output that exists and too little disk space, which the estimate tells.
+    """
+    options = ExportOptions.choose(
+        precision=precision,
+        recipe=recipe,
+        block_size=block_size,
+        symmetric=symmetric,
+        activations=activations,
+        accuracy_level=accuracy_level,
+        max_image_tokens=max_image_tokens,
+        resume=resume,
+        force=force,
+    )
+    (progress or silent)(ProgressEvent("checkpoint", str(model or "pocket"), 0, 0))
+    checkpoint = Checkpoint.open(pocket_path() if model is None else model, revision)
+    return estimate_job(prepare(checkpoint, options), Path(os.path.realpath(output)))
+
+
+def prepare(checkpoint: Checkpoint, options: ExportOptions) -> Job:
+    """Decide everything about an export, and check the checkpoint against it.
+
+    Raises:
+        CheckpointError: a tensor is missing or has another shape than config.json says.
+        ExportError: the image budget does not fit the model.
+    """
+    config = checkpoint.config
+    checkpoint.check(expected_tensors(config))
+    config = replace(config, image=image_budget(config, options.max_image_tokens))
+    recipe = options.recipe.for_layers(decoder=config.text.layers, vision=config.vision.depth)
+    plans = (plan_decoder(config, recipe), plan_embedding(config, recipe), plan_vision(config, recipe))
+    for plan in plans:
+        for weight in plan.weights:
+            source_matrix(weight, checkpoint.tensors.shape(weight.source))
+    return Job(checkpoint, config, recipe, plans, options.max_image_tokens)
+
+
+def image_budget(config: ModelConfig, max_tokens: int | None) -> ImageSpec:
+    """The image processor with another limit of tokens per image.
+
+    Raises:
+        ExportError: fewer tokens than the smallest image takes, or more than the context holds.
+    """
+    image = config.image
+    if max_tokens is None:
+        return image
+    least = math.ceil(image.min_pixels / image.pixels_per_token)
+    most = config.text.context_length - 3  # the two tokens around an image, and one of text
+    if not least <= max_tokens <= most:
+        raise ExportError(
+            f"max_image_tokens is {max_tokens}, must be {least} (the smallest image) to {most} "
+            f"(what its context of {config.text.context_length} tokens holds)"
+        )
+    return replace(image, max_pixels=max_tokens * image.pixels_per_token)
+
+
+def check_apart(output: Path, checkpoint: Path) -> None:
+    """Refuse to write into the checkpoint.
+
+    Raises:
+        ExportError: the output is the checkpoint folder or lies in it.
+    """
+    source = Path(os.path.realpath(checkpoint))
+    if output == source or source in output.parents:
+        raise ExportError(
+            f"the output {output} lies in the checkpoint folder {source}; choose one outside of it"
+        )
+
+
+def _carry_out(job: Job, output: Path, options: ExportOptions, tell: Progress) -> None:
+    """Write and publish, with errors of the disk turned into sentences."""
+    needed = 0
+    try:
+        with Staging(output) as staging:
+            fingerprint = job.fingerprint()
+            entries = _earlier_attempt(staging, fingerprint, job, options, tell)
+            if entries is not None and _is_published(staging, entries):
+                staging.tidy()  # killed between the rename and the end
+                return
+            try:
+                check_output(output, force=options.force)
+                needed = _check_disk(job, staging)
+            except ExportError:
+                if entries is None:
+                    staging.tidy()
+                raise
+            about = f"{job.config.source} as {job.recipe.name}"
+            with Journal(staging.journal, fingerprint, about, entries) as journal:
+                _write_weights(job, staging, journal, entries, tell)
+                digest = _write_rest(job, staging, tell)
+                journal.record_manifest(digest)
+            tell(ProgressEvent("publish", str(output), 0, 0))
+            staging.publish()
+    except OSError as error:
+        if error.errno in DISK_FULL:
+            free = shutil.disk_usage(nearest_folder(output)).free
+            raise ExportError(
+                f"the disk of {output} is full: the export needs {needed:,} bytes in all, and {free:,} are free now; "
+                "free some space and run the same export again, it goes on where it stopped"
+            ) from error
+        raise ExportError(
+            f"the export to {output} failed at {error.filename or 'a file'} ({error.strerror or error}); "
+            "run it again, it goes on where it stopped"
+        ) from error
+
+
+def _earlier_attempt(
+    staging: Staging, fingerprint: str, job: Job, options: ExportOptions, tell: Progress
+) -> Entries | None:
+    """What an interrupted export left that can be used, by the rules of `resume` and `force`.
+
+    Raises:
+        ExportError: it was another export, or `resume` was asked for and there is nothing to go on with.
+    """
+    if options.force and not options.resume:
+        staging.discard()
+        return None
+    entries = read_journal(staging.journal)
+    if entries is None:
+        if options.resume:
+            raise ExportError(f"{staging.folder} holds no interrupted export; run without --resume")
+        staging.discard()
+        return None
+    if entries.fingerprint != fingerprint:
+        raise ExportError(
+            f"{staging.folder} holds an interrupted export of another kind ({entries.about}; other weights, "
+            "options or release); run that one again, or start over with --force"
+        )
+    for plan in job.plans:
+        path = staging.bundle / plan.data_file
+        if entries.finished.get(plan.name) and not _has_size(path, plan.data_bytes):
+            raise ExportError(
+                f"{path} is missing or was changed since the export stopped; start over with --force"
+            )
+    tell(
+        ProgressEvent(
+            "resume", f"continuing {staging.folder}, {entries.count} of {job.weight_count} tensors done", 0, 0
+        )
+    )
+    return entries
+
+
+def _is_published(staging: Staging, entries: Entries) -> bool:
+    """Whether the bundle at the output is the one that the journal calls complete."""
+    if entries.manifest_sha256 is None:
+        return False
+    try:
+        content = (staging.output / MANIFEST_NAME).read_bytes()
+    except OSError:
+        return False
+    return hashlib.sha256(content).hexdigest() == entries.manifest_sha256
+
+
+def _check_disk(job: Job, staging: Staging) -> int:
+    """Compare what is still to be written with what is free.
+
+    Returns:
+        Bytes that the bundle needs in all.
+    """
+    needed = job.data_bytes + sum(len(content) for content in small_files(job).values()) + DISK_MARGIN_BYTES
+    free = shutil.disk_usage(staging.folder).free
+    missing = needed - staging.allocated_bytes
+    if missing > free:
+        raise ExportError(
+            f"the export to {staging.output} needs {missing:,} more bytes, but the disk has {free:,} free; "
+            "free some space, choose another disk, or a recipe with fewer bits"
+        )
+    return needed
+
+
+def _write_weights(
+    job: Job, staging: Staging, journal: Journal, entries: Entries | None, tell: Progress
+) -> None:
+    total = sum(plan.weight_bytes for plan in job.plans)
+    done = 0
+    for plan in job.plans:
+        finished: Collection[str] = entries.finished.get(plan.name, set()) if entries else set()
+        done += sum(_weight_bytes(weight) for weight in plan.weights if weight.pieces[0].name in finished)
+
+        def advance(weight: Weight, written: int) -> None:
+            nonlocal done
+            done += written
+            tell(ProgressEvent("weights", weight.source, done, total))
+
+        write_part(
+            plan,
+            job.checkpoint.tensors,
+            staging.bundle / plan.data_file,
+            finished=finished,
+            record=lambda names, part=plan.name: journal.record(part, names),  # type: ignore[misc]
+            advance=advance,
+        )
+
+
+def _write_rest(job: Job, staging: Staging, tell: Progress) -> str:
+    """Everything but the weights, the manifest last; returns the manifest's SHA-256."""
+    (staging.bundle / MANIFEST_NAME).unlink(missing_ok=True)
+    files = small_files(job)
+    for name, content in files.items():
+        tell(ProgressEvent("graphs", name, 0, 0))
+        write_file(staging.bundle / name, content)
+    wanted = {*files, *(plan.data_file for plan in job.plans)}
+    for stray in {path.name for path in staging.bundle.iterdir()} - wanted:
+        (staging.bundle / stray).unlink()
+    manifest = build_manifest(job, _digests(staging.bundle, job.plans, files, tell))
+    content = manifest.to_json().encode()
+    write_file(staging.bundle / MANIFEST_NAME, content)
+    return hashlib.sha256(content).hexdigest()
+
+
+def _digests(
+    folder: Path, plans: Collection[PartPlan], files: Mapping[str, bytes], tell: Progress
+) -> dict[str, tuple[int, str]]:
+    """Size and SHA-256 of every file; the data files are read back, which also proves that they can be."""
+    digests = {name: (len(content), hashlib.sha256(content).hexdigest()) for name, content in files.items()}
+    total = sum(plan.data_bytes for plan in plans)
+    done = 0
+    for plan in plans:
+        digest = hashlib.sha256()
+        buffer = bytearray(HASH_BLOCK_BYTES)
+        size = 0
+        with (folder / plan.data_file).open("rb", buffering=0) as file:
+            while count := file.readinto(buffer):
+                digest.update(memoryview(buffer)[:count])
+                size += count
+                tell(ProgressEvent("hash", plan.data_file, done + size, total))
+        done += size
+        digests[plan.data_file] = (size, digest.hexdigest())
+    return digests
+
+
+def _weight_bytes(weight: Weight) -> int:
+    return sum(piece.size_bytes for piece in weight.pieces)
+
+
+def _has_size(path: Path, size_bytes: int) -> bool:
+    try:
+        return path.stat().st_size == size_bytes
+    except FileNotFoundError:
+        return False

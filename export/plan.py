@@ -1,0 +1,123 @@
+"""What an export will write: which checkpoint tensor becomes which bytes, decided before a byte is read.
+
+In: shapes and names, from the graph builders. Out: `PartPlan`s that the writer carries out and the
+estimate adds up. Knows nothing of files, checkpoints or number formats beyond their sizes.
+
+A graph builder asks for a `Weight` per checkpoint tensor; each weight says how it is made (`action`) and
+which pieces (initializers of the graph) come out of it. Offsets are laid out here, page aligned, so
+that a runtime can map every large piece.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import onnx_ir as ir
+
+from autoglm_edge.quantize.formats import BlockFormat
+
+ALIGNMENT = 4096
+"""Offset of each piece in the data file, in bytes: one page, so that pieces can be mapped alone."""
+
+Action = Literal["copy", "transpose", "quantize"]
+Dtype = Literal["float32", "float16", "uint8"]
+ITEM_BYTES: dict[str, int] = {"float32": 4, "float16": 2, "uint8": 1}
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One initializer of a graph, stored in the part's data file.
+
+    Attributes:
+        name: initializer name.
+        dtype: how it is stored.
+        shape: as the graph sees it.
+        offset: byte offset in the data file; -1 until laid out.
+    """
+
+    name: str
+    dtype: Dtype
+    shape: tuple[int, ...]
+    offset: int = -1
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes in the data file, padding not counted."""
+        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One checkpoint tensor and what becomes of it.
+
+    Attributes:
+        source: tensor name in the checkpoint.
+        rows: the tensor seen as a matrix, first dimension.
+        columns: product of its other dimensions.
+        action: "copy" keeps row-major order and casts; "transpose" stores (columns, rows);
+            "quantize" makes pieces (data, scales[, zero points]) row by row.
+        pieces: outputs. quantize: data uint8, scales in the activation dtype, zero points uint8 if asymmetric.
+        quant: the format if action is "quantize".
+        permute: axes order applied to the checkpoint tensor before it is seen as a matrix, or None
+            (the vision downsample convolution, whose kernel must lie patch first).
+    """
+
+    source: str
+    rows: int
+    columns: int
+    action: Action
+    pieces: tuple[Piece, ...]
+    quant: BlockFormat | None = None
+    permute: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class PartPlan:
+    """One graph with its data file.
+
+    Attributes:
+        name: decoder, embedding or vision.
+        model: the graph, initializers without values.
+        weights: in the order of the data file.
+    """
+
+    name: str
+    model: ir.Model
+    weights: tuple[Weight, ...]
+
+    @property
+    def graph_file(self) -> str:
+        """File name of the graph."""
+        return f"{self.name}.onnx"
+
+    @property
+    def data_file(self) -> str:
+        """File name of the weights."""
+        return f"{self.name}.onnx.data"
+
+    @property
+    def data_bytes(self) -> int:
+        """Size of the data file."""
+        return max((p.offset + p.size_bytes for w in self.weights for p in w.pieces), default=0)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of weights, padding between pieces not counted."""
+        return sum(p.size_bytes for w in self.weights for p in w.pieces)
+
+
+def lay_out(weights: Iterable[Weight]) -> tuple[Weight, ...]:
+    """Give every piece its place, in order, each at a multiple of ALIGNMENT."""
+    placed: list[Weight] = []
+    end = 0
+    for weight in weights:
+        pieces: list[Piece] = []
+        for piece in weight.pieces:
+            start = math.ceil(end / ALIGNMENT) * ALIGNMENT
+            pieces.append(replace(piece, offset=start))
+            end = start + piece.size_bytes
+        placed.append(replace(weight, pieces=tuple(pieces)))
+    return tuple(placed)

@@ -1,0 +1,253 @@
+"""The decoder graph: hidden states, positions and a KV cache in; logits and the grown cache out.
+
+    inputs_embeds        (B, T, C)       activations dtype
+    attention_mask       (B, S) int64    1 for tokens that are there; padding on the right only
+    position_ids         (3, B, T) int64 time, height, width
+    past_key_values.N.*  (B, K, P, D)
+    num_logits_to_keep   int64 scalar, optional, default 1: last positions to score; 0 means all
+    → logits (B, n, V) float32, present.N.* (B, K, S, D)
+
+Weights come from the checkpoint later, by name. One layer is 16 nodes; the kernels that matter are MatMulNBits (or MatMul),
+GroupQueryAttention and the rotary embedding, to which the three axes come as per-token cosines and sines.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+from onnxscript import GraphBuilder, nn
+from onnxscript._internal.builder import OpBuilder
+
+from autoglm_edge.quantize.recipe import Recipe
+
+from .checkpoint import ModelConfig, TextConfig
+from .nn import CONTRIB, IR_DTYPES, Linear, RMSNorm, WeightBook, build_part, constant, silu
+from .plan import PartPlan
+
+STEM = "model.language_model"
+
+
+@dataclass(frozen=True)
+class Step:
+    """What every layer of one run shares.
+
+    Attributes:
+        cos: (B, T, rotary / 2).
+        sin: (B, T, rotary / 2).
+        last_index: (B,) int32, index of the last real token of each row.
+        total: int32, S.
+    """
+
+    cos: ir.Value
+    sin: ir.Value
+    last_index: ir.Value
+    total: ir.Value
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with a partial, interleaved, three-axis rotary embedding; keys are cached rotated."""
+
+    def __init__(self, book: WeightBook, stem: str, text: TextConfig) -> None:
+        super().__init__()
+        self.text = text
+        query, key = text.heads * text.head_dim, text.kv_heads * text.head_dim
+        self.q_proj = Linear(book, f"{stem}.q_proj", text.hidden, query, bias=text.attention_bias)
+        self.k_proj = Linear(book, f"{stem}.k_proj", text.hidden, key, bias=text.attention_bias)
+        self.v_proj = Linear(book, f"{stem}.v_proj", text.hidden, key, bias=text.attention_bias)
+        self.o_proj = Linear(book, f"{stem}.o_proj", query, text.hidden)
+
+    def forward(
+        self, op: OpBuilder, x: ir.Value, step: Step, past: tuple[ir.Value, ir.Value]
+    ) -> tuple[ir.Value, ir.Value, ir.Value]:
+        """(B, T, C) -> (B, T, C), present key, present value."""
+        q = self._rotate(op, self.q_proj(op, x), step, self.text.heads)
+        k = self._rotate(op, self.k_proj(op, x), step, self.text.kv_heads)
+        v = self.v_proj(op, x)
+        y, key, value = op.GroupQueryAttention(
+            q,
+            k,
+            v,
+            *past,
+            step.last_index,
+            step.total,
+            num_heads=self.text.heads,
+            kv_num_heads=self.text.kv_heads,
+            scale=self.text.head_dim**-0.5,
+            _outputs=3,
+            **CONTRIB,
+        )
+        return self.o_proj(op, y), key, value
+
+    def _rotate(self, op: OpBuilder, x: ir.Value, step: Step, heads: int) -> ir.Value:
+        return op.RotaryEmbedding(
+            x, step.cos, step.sin, interleaved=1, num_heads=heads, rotary_embedding_dim=self.text.rotary_dim
+        )
+
+
+class Mlp(nn.Module):
+    """SwiGLU with gate and up in one matrix: gate is the first half."""
+
+    def __init__(self, book: WeightBook, stem: str, text: TextConfig) -> None:
+        super().__init__()
+        self.gate_up_proj = Linear(book, f"{stem}.gate_up_proj", text.hidden, 2 * text.intermediate)
+        self.down_proj = Linear(book, f"{stem}.down_proj", text.intermediate, text.hidden)
+
+    def forward(self, op: OpBuilder, x: ir.Value) -> ir.Value:
+        """(B, T, C) -> (B, T, C)."""
+        gate, up = op.Split(self.gate_up_proj(op, x), num_outputs=2, axis=-1, _outputs=2)
+        return self.down_proj(op, op.Mul(silu(op, gate), up))
+
+
+class Layer(nn.Module):
+    """One decoder layer, with a norm before and after each branch.
+
+    Takes and gives the stream as a pair (branch, residual) that is still to be added, so that every addition is
+    fused with the norm that follows it.
+    """
+
+    def __init__(self, book: WeightBook, stem: str, text: TextConfig) -> None:
+        super().__init__()
+        width, eps = text.hidden, text.norm_eps
+        self.input_layernorm = RMSNorm(book, f"{stem}.input_layernorm", width, eps)
+        self.self_attn = Attention(book, f"{stem}.self_attn", text)
+        self.post_self_attn_layernorm = RMSNorm(book, f"{stem}.post_self_attn_layernorm", width, eps)
+        self.post_attention_layernorm = RMSNorm(book, f"{stem}.post_attention_layernorm", width, eps)
+        self.mlp = Mlp(book, f"{stem}.mlp", text)
+        self.post_mlp_layernorm = RMSNorm(book, f"{stem}.post_mlp_layernorm", width, eps)
+
+    def forward(
+        self,
+        op: OpBuilder,
+        branch: ir.Value | None,
+        residual: ir.Value,
+        step: Step,
+        past: tuple[ir.Value, ir.Value],
+        keep: ir.Value | None,
+    ) -> tuple[ir.Value, ir.Value, tuple[ir.Value, ir.Value]]:
+        """Branch and residual (B, T, C) -> the same, and the present keys and values.
+
+        Args:
+            op: the builder.
+            branch: None in the first layer, whose input is the residual alone.
+            residual: (B, T, C).
+            step: shared values.
+            past: (B, K, P, D) twice.
+            keep: in the last layer, start of the positions that anyone needs; the rest is dropped after attention.
+        """
+        if branch is None:
+            h = self.input_layernorm(op, residual)
+        else:
+            h, residual = self.input_layernorm(op, branch, residual)
+        a, key, value = self.self_attn(op, h, step, past)
+        if keep is not None:
+            a, residual = _last(op, a, keep), _last(op, residual, keep)
+        h, residual = self.post_attention_layernorm(op, self.post_self_attn_layernorm(op, a), residual)
+        return self.post_mlp_layernorm(op, self.mlp(op, h)), residual, (key, value)
+
+
+class LanguageModel(nn.Module):
+    """All layers and the final norm."""
+
+    def __init__(self, book: WeightBook, text: TextConfig) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([Layer(book, f"{STEM}.layers.{i}", text) for i in range(text.layers)])
+        self.norm = RMSNorm(book, f"{STEM}.norm", text.hidden, text.norm_eps)
+
+    def forward(
+        self, op: OpBuilder, x: ir.Value, step: Step, past: list[tuple[ir.Value, ir.Value]], keep: ir.Value
+    ) -> tuple[ir.Value, list[tuple[ir.Value, ir.Value]]]:
+        """(B, T, C) -> (B, n, C) after the norm, and the present keys and values of each layer."""
+        branch, residual, present = None, x, []
+        for index, layer in enumerate(self.layers):
+            last = keep if index == len(past) - 1 else None
+            branch, residual, grown = layer(op, branch, residual, step, past[index], last)
+            present.append(grown)
+        h, _ = self.norm(op, branch, residual)
+        return h, present
+
+
+class _Model(nn.Module):
+    """Gives the names their first part, "model"."""
+
+    def __init__(self, language_model: LanguageModel) -> None:
+        super().__init__("model")
+        self.language_model = language_model
+
+    def forward(self, op: OpBuilder, *args: object) -> object:
+        return self.language_model(op, *args)
+
+
+def plan_decoder(config: ModelConfig, recipe: Recipe) -> PartPlan:
+    """Graph and weight plan of the decoder with its head."""
+    text = config.text
+    book = WeightBook(recipe)
+    model = _Model(LanguageModel(book, text))
+    tied = f"{STEM}.embed_tokens.weight" if text.tied_head else None
+    head = Linear(book, "lm_head", text.hidden, text.vocab, source=tied)
+    head._set_name("lm_head")
+    dtype = IR_DTYPES[book.dtype]
+    cache = [f"{i}.{kind}" for i in range(text.layers) for kind in ("key", "value")]
+    inputs = [
+        ("inputs_embeds", dtype, ["batch", "tokens", text.hidden]),
+        ("attention_mask", ir.DataType.INT64, ["batch", "total"]),
+        ("position_ids", ir.DataType.INT64, [3, "batch", "tokens"]),
+        *((f"past_key_values.{name}", dtype, ["batch", text.kv_heads, "past", text.head_dim]) for name in cache),
+    ]
+
+    def trace(builder: GraphBuilder, op: OpBuilder, values: list[ir.Value]):  # type: ignore[no-untyped-def]
+        embeds, mask, positions, *flat = values
+        wanted = builder.input(
+            "num_logits_to_keep",
+            dtype=ir.DataType.INT64,
+            shape=[],
+            const_value=ir.tensor(np.array(1, np.int64), name="num_logits_to_keep"),
+        )
+        keep = op.Neg(op.Reshape(wanted, [1]))
+        past = list(zip(flat[::2], flat[1::2], strict=True))
+        step = _step(op, mask, positions, text, dtype)
+        h, present = model(op, embeds, step, past, keep)
+        logits = head(op, h)
+        if dtype != ir.DataType.FLOAT:
+            logits = op.Cast(logits, to=ir.DataType.FLOAT)
+        shape = ["batch", text.kv_heads, "cached", text.head_dim]
+        grown = [value for pair in present for value in pair]
+        return [
+            ("logits", logits, ir.DataType.FLOAT, ["batch", "scored", text.vocab]),
+            *((f"present.{name}", value, dtype, shape) for name, value in zip(cache, grown, strict=True)),
+        ]
+
+    return build_part("decoder", book, inputs, trace)
+
+
+def _step(op: OpBuilder, mask: ir.Value, positions: ir.Value, text: TextConfig, dtype: ir.DataType) -> Step:
+    """Rotary angles and lengths.
+
+    Pair j of a head turns by position[axis of j] * theta ** (-2j / rotary); `mrope_section` says how many pairs each
+    axis has, in order. In fp32 whatever the activations are: fp16 cannot count the positions.
+    """
+    pairs = text.rotary_dim // 2
+    frequencies = (1.0 / text.rope_theta ** (np.arange(0, text.rotary_dim, 2, dtype=np.float32) / text.rotary_dim)).astype(
+        np.float32
+    )
+    assert sum(text.mrope_section) == pairs
+    places = op.Unsqueeze(op.Cast(positions, to=ir.DataType.FLOAT), [-1])
+    angles, start = [], 0
+    for axis, count in enumerate(text.mrope_section):
+        if count:
+            own = constant(op, frequencies[start : start + count])
+            angles.append(op.Mul(op.Gather(places, axis, axis=0), own))
+            start += count
+    angle = op.Concat(*angles, axis=-1) if len(angles) > 1 else angles[0]
+    cos, sin = op.Cos(angle), op.Sin(angle)
+    if dtype != ir.DataType.FLOAT:
+        cos, sin = op.Cast(cos, to=dtype), op.Cast(sin, to=dtype)
+    last_index = op.Cast(op.Sub(op.ReduceSum(mask, [1], keepdims=0), 1), to=ir.DataType.INT32)
+    total = op.Cast(op.Shape(mask, start=1, end=2), to=ir.DataType.INT32)
+    return Step(cos, sin, last_index, total)
+
+
+def _last(op: OpBuilder, x: ir.Value, start: ir.Value) -> ir.Value:
+    """x[:, start:] for a negative start; 0 keeps all."""
+    return op.Slice(x, start, [np.iinfo(np.int64).max], [1])
