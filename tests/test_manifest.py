@@ -1,0 +1,212 @@
+"""manifest.json: what is read is what was written, and nothing else is read."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import types
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+from test_bundle import document
+
+import autoglm_edge.runtime.manifest as module
+from autoglm_edge.errors import BundleError
+from autoglm_edge.quantize.recipe import PRESETS
+from autoglm_edge.runtime.manifest import Manifest
+
+SCHEMA = json.loads((Path(module.__file__).parent / "manifest.schema.json").read_text(encoding="utf-8"))
+VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)
+Place = tuple[str | int, ...]
+
+
+def read(value: Any) -> Manifest:
+    return Manifest.from_json(json.dumps(value))
+
+
+def places(value: Any, at: Place = ()) -> Iterator[Place]:
+    """Where every value stands, containers included."""
+    if at:
+        yield at
+    if isinstance(value, dict | list):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, item in items:
+            yield from places(item, (*at, key))
+
+
+def put(value: Any, place: Place, new: Any) -> Any:
+    """A copy with one value replaced."""
+    changed = copy.deepcopy(value)
+    container = changed
+    for key in place[:-1]:
+        container = container[key]
+    container[place[-1]] = new
+    return changed
+
+
+def take(value: Any, place: Place) -> Any:
+    """The value at a place."""
+    for key in place:
+        value = value[key]
+    return value
+
+
+def name_of(place: Place) -> str:
+    return ".".join(map(str, place))
+
+
+FREE = ("tools", "generation", "recipe", "figures")  # objects whose keys the dataclasses leave open
+FIXED = [place for place in places(document()) if place[0] not in FREE and "files" not in place[:-2]]
+OBJECTS = [(), *(place for place in FIXED if isinstance(take(document(), place), dict))]
+
+
+def test_the_schema_is_a_schema():
+    jsonschema.Draft202012Validator.check_schema(SCHEMA)
+
+
+def test_reading_and_writing_again_changes_nothing():
+    manifest = read(document())
+
+    assert json.loads(manifest.to_json()) == document()
+    assert Manifest.from_json(manifest.to_json()) == manifest
+
+
+def test_what_is_written_is_what_the_schema_describes():
+    VALIDATOR.validate(json.loads(read(document()).to_json()))
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_recipe_is_what_the_schema_describes(name):
+    recipe = PRESETS[name].for_layers(decoder=40, vision=24)
+
+    VALIDATOR.validate(document() | {"recipe": recipe.to_json()})
+
+
+def _same_shape(kind: Any, schema: dict[str, Any], where: str) -> None:
+    """A dataclass field and its schema: same keys, same types, same depth."""
+    if "$ref" in schema:
+        schema = SCHEMA["$defs"][schema["$ref"].removeprefix("#/$defs/")]
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if dataclasses.is_dataclass(kind):
+        fields = dataclasses.fields(kind)
+        hints = typing.get_type_hints(kind)
+        assert schema["additionalProperties"] is False, where
+        assert list(schema["properties"]) == [item.name for item in fields], where
+        optional = {item.name for item in fields if item.default_factory is not dataclasses.MISSING}
+        assert set(schema["required"]) == set(hints) - optional, where
+        for item in fields:
+            _same_shape(hints[item.name], schema["properties"][item.name], f"{where}.{item.name}")
+    elif origin is tuple:
+        assert schema["type"] == "array", where
+        count = None if inner[-1] is ... else len(inner)
+        assert schema.get("minItems") == schema.get("maxItems") == count, where
+        _same_shape(inner[0], schema["items"], f"{where}[]")
+    elif origin is dict:
+        assert schema["type"] == "object", where
+        if inner[1] is not Any:
+            free = schema.get("additionalProperties")
+            for sub in [free] if free else schema["properties"].values():
+                _same_shape(inner[1], sub, f"{where}.*")
+    elif origin in (typing.Union, types.UnionType):
+        (kind,) = [option for option in inner if option is not type(None)]
+        assert schema["type"] == [{int: "integer", str: "string"}[kind], "null"], where
+    elif "const" in schema or "enum" in schema:
+        assert all(type(value) is kind for value in schema.get("enum", [schema.get("const")])), where
+    else:
+        assert schema["type"] == {int: "integer", str: "string", float: "number", bool: "boolean"}[kind], (
+            where
+        )
+
+
+def test_the_schema_has_the_keys_and_types_of_the_dataclasses():
+    _same_shape(Manifest, SCHEMA, "manifest")
+
+
+@pytest.mark.parametrize("place", OBJECTS, ids=name_of)
+def test_an_extra_key_is_refused_by_name(place):
+    changed = put(document(), (*place, "colour"), 1)
+
+    with pytest.raises(BundleError, match="colour"):
+        read(changed)
+    assert not VALIDATOR.is_valid(changed)
+
+
+@pytest.mark.parametrize("place", [p for p in FIXED if isinstance(p[-1], str)], ids=name_of)
+def test_a_missing_key_is_refused_by_name(place):
+    changed = document()
+    del take(changed, place[:-1])[place[-1]]
+
+    with pytest.raises(BundleError, match=str(place[-1])):
+        read(changed)
+    assert not VALIDATOR.is_valid(changed)
+
+
+def test_figures_may_be_missing_since_they_are_measured_later():
+    changed = document()
+    del changed["figures"]
+
+    VALIDATOR.validate(changed)
+    assert read(changed).figures == {}
+
+
+@pytest.mark.parametrize("place", FIXED, ids=name_of)
+def test_a_value_of_a_wrong_type_is_refused(place):
+    right = take(document(), place)
+    allowed: tuple[type, ...] = (type(right),)
+    if place == ("source", "revision"):
+        allowed = (type(None), str)
+    elif place == ("tokens", "pad"):
+        allowed = (type(None), int)
+    for wrong in ("x", True, [], {}, 1.5, None):
+        if isinstance(wrong, allowed) and not (isinstance(wrong, bool) and bool not in allowed):
+            continue
+        changed = put(document(), place, wrong)
+
+        with pytest.raises(BundleError):
+            read(changed)
+        assert not VALIDATOR.is_valid(changed), wrong
+
+
+@pytest.mark.parametrize(
+    "place, value",
+    [
+        (("format_version",), 2),
+        (("format_version",), 0),
+        (("activations",), "bfloat16"),
+        (("kv_dtype",), "int8"),
+        (("geometry", "layers"), 0),
+        (("geometry", "vocab"), -1),
+        (("files", 0, "size_bytes"), -1),
+        (("files", 0, "sha256"), "0" * 63),
+        (("files", 0, "sha256"), "G" * 64),
+        (("files", 0, "sha256"), "A" * 64),
+        (("files", 0, "path"), ""),
+        (("image", "mean"), [0.5, 0.5]),
+    ],
+    ids=str,
+)
+def test_a_value_out_of_range_is_refused_by_reader_and_schema(place, value):
+    changed = put(document(), place, value)
+
+    with pytest.raises(BundleError):
+        read(changed)
+    assert not VALIDATOR.is_valid(changed)
+
+
+def test_a_file_listed_twice_is_refused():
+    changed = document()
+    changed["files"].append(dict(changed["files"][0], size_bytes=1))
+
+    with pytest.raises(BundleError, match="twice"):
+        read(changed)
+
+
+@pytest.mark.parametrize("key", ["graph", "data"])
+def test_a_part_whose_file_is_not_listed_is_refused(key):
+    with pytest.raises(BundleError, match=r"other\.onnx"):
+        read(put(document(), ("parts", "vision", key), "other.onnx"))
