@@ -4,10 +4,11 @@
 
     bundle = ag.export("zai-org/AutoGLM-Phone-9B", "out/", precision="int4")
     with ag.load("out/") as engine:
-        for delta in engine.chat([{"role": "user", "content": [image, {"type": "text", "text": "打开设置"}]}]):
+        for delta in engine.chat([{"role": "user", "content": [picture, words]}]):
             print(delta.text, end="")
 
-Names are resolved when they are first used: importing this package imports neither onnxruntime nor the exporter.
+Names are resolved when they are first used: importing this package imports neither onnxruntime nor the
+exporter.
 """
 
 from __future__ import annotations

@@ -1,74 +1,44 @@
 """`autoglm run`: one answer, or a conversation, from a bundle.
 
-In: a bundle folder, text and pictures. Out: the answer as it is made, on stdout; then its action, counts
-and times. A skin over `Engine.chat`.
+In: a bundle folder, text and pictures. Out: the answer as it is made, on stdout; then its action, counts and
+times. A skin over `Engine.chat`.
 """
 
 from __future__ import annotations
 
-import signal
 import sys
-import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
+from autoglm_edge.cli_answer import (
+    DEFAULT_MAX_TOKENS,
+    Answer,
+    Conversation,
+    counts_of,
+    give_answer,
+    load_images,
+    print_summary,
+)
+from autoglm_edge.cli_chat import hold_chat
 from autoglm_edge.cli_common import EdgeCommand, check_is_bundle, examples, print_json
 from autoglm_edge.errors import EdgeError, RequestError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from autoglm_edge.runtime.answer import Delta
-    from autoglm_edge.runtime.engine import Engine
-
-_CHAT_HELP = "/image PATH attaches a picture, /reset forgets everything, /quit ends; Ctrl-C stops an answer"
-
-
-@dataclass(frozen=True)
-class _Answer:
-    """One finished answer and the delta that ended it."""
-
-    text: str
-    last: Delta
-
-
-@dataclass
-class _Conversation:
-    """Messages so far, and pictures that wait for the next one."""
-
-    system: str | None
-    messages: list[dict[str, Any]] = field(default_factory=list)
-    images: list[Image] = field(default_factory=list)
-
-    def reset(self) -> None:
-        """Forget everything but the system prompt."""
-        self.messages = [] if self.system is None else [{"role": "system", "content": self.system}]
-        self.images = []
-
-    def ask(self, text: str) -> None:
-        """Add what the user says: pictures first, as the phone agent sends them."""
-        parts: list[dict[str, Any]] = [{"type": "image", "image": image} for image in self.images]
-        if text:
-            parts.append({"type": "text", "text": text})
-        self.messages.append({"role": "user", "content": parts})
-        self.images = []
-
-    def take_back(self) -> None:
-        """Forget the last thing the user said; its pictures wait again."""
-        parts = self.messages.pop()["content"]
-        self.images = [part["image"] for part in parts if part["type"] == "image"]
-
 
 def _sampling_options(command: Callable[..., None]) -> Callable[..., None]:
     """The options that Engine.chat takes, by the same names."""
     options = (
-        click.option("--max-tokens", type=click.IntRange(min=1), metavar="N", help="Stop after N tokens."),
+        click.option(
+            "--max-tokens",
+            type=click.IntRange(min=1),
+            metavar="N",
+            help=f"Stop after N tokens. [default: {DEFAULT_MAX_TOKENS}, or what the context has left]",
+        ),
         click.option("--temperature", type=float, help="0 takes the likeliest token. [default: 0]"),
         click.option("--top-p", type=float, help="Draw among the likeliest that reach this probability."),
         click.option("--top-k", type=int, help="Draw among so many of the likeliest tokens."),
@@ -171,10 +141,10 @@ def run(
     options: dict[str, Any] = {**given, "stop": stop}
     if max_tokens is not None:
         options["max_tokens"] = max_tokens
-    conversation = _Conversation(_read_system(system))
+    conversation = Conversation(_read_system(system))
     conversation.reset()
     check_is_bundle(bundle)
-    conversation.images = _load_images(images)
+    conversation.images = load_images(images)
     screen = conversation.images[-1] if conversation.images else None
 
     from autoglm_edge.runtime.engine import Engine
@@ -188,10 +158,10 @@ def run(
         max_image_tokens=max_image_tokens,
     ) as engine:
         if chat:
-            _chat(engine, conversation, text, options)
+            hold_chat(engine, conversation, text, options)
             return
         conversation.ask(sys.stdin.read().strip() if text == "-" else text or "")
-        answer = _answer(engine, conversation.messages, options, cancel=None)
+        answer = give_answer(engine, conversation.messages, options, cancel=None)
     _report(answer, screen, bundle, draw, as_json)
 
 
@@ -244,30 +214,7 @@ def _read_system(system: str | None) -> str | None:
         raise click.UsageError(f"--system {system}: the file cannot be read ({error})") from error
 
 
-def _load_images(paths: Sequence[Path]) -> list[Image]:
-    from autoglm_edge.runtime.image import load_image
-
-    return [load_image(path) for path in paths]
-
-
-def _answer(
-    engine: Engine, messages: list[dict[str, Any]], options: dict[str, Any], cancel: threading.Event | None
-) -> _Answer:
-    """Print an answer while it is made."""
-    pieces: list[str] = []
-    last: Delta | None = None
-    try:
-        for last in engine.chat(messages, cancel=cancel, **options):
-            pieces.append(last.text)
-            click.echo(last.text, nl=False)
-    finally:
-        if last is not None:
-            click.echo()
-    assert last is not None, "the engine ends every answer with a delta"
-    return _Answer("".join(pieces), last)
-
-
-def _report(answer: _Answer, screen: Image | None, bundle: Path, draw: Path | None, as_json: bool) -> None:
+def _report(answer: Answer, screen: Image | None, bundle: Path, draw: Path | None, as_json: bool) -> None:
     """Picture, document or summary of an answer.
 
     Raises:
@@ -292,7 +239,7 @@ def _report(answer: _Answer, screen: Image | None, bundle: Path, draw: Path | No
             "text": answer.text,
             "thinking": parse_thinking(answer.text),
             "action": action.to_json(size) if action else None,
-            **_counts(answer.last),
+            **counts_of(answer.last),
             "bundle": str(bundle),
             "image_size": list(size) if size else None,
             "drawing": str(draw) if draw is not None and problem is None else None,
@@ -301,7 +248,7 @@ def _report(answer: _Answer, screen: Image | None, bundle: Path, draw: Path | No
     else:
         if action is not None and size is not None and (marks := _pixels(action.to_json(size))):
             click.echo(f"{action.kind} at {marks} of {size[0]}x{size[1]} pixels", err=True)
-        _print_summary(answer.last)
+        print_summary(answer.last)
     if problem:
         raise EdgeError(problem)
 
@@ -314,122 +261,3 @@ def _pixel_items(document: dict[str, Any]) -> Iterator[tuple[str, tuple[int, int
     for name, value in document.items():
         if name.endswith("_pixels"):
             yield name, (value[0], value[1])
-
-
-def _counts(last: Delta) -> dict[str, Any]:
-    """Counts and times of an answer, for programs."""
-    usage, timings = last.usage, last.timings
-    assert usage is not None and timings is not None, "the last delta carries both"
-    return {
-        "finish_reason": last.finish_reason,
-        "usage": {
-            "prompt_tokens": usage.prompt_tokens,
-            "image_tokens": usage.image_tokens,
-            "completion_tokens": usage.completion_tokens,
-        },
-        "timings": {
-            "ttft_ms": round(timings.ttft_ms, 3),
-            "image_ms": round(timings.image_ms, 3),
-            "prefill_ms": round(timings.prefill_ms, 3),
-            "decode_ms": round(timings.decode_ms, 3),
-            "prefill_tokens_per_s": round(timings.prefill_tokens_per_s, 2),
-            "decode_tokens_per_s": round(timings.decode_tokens_per_s, 2),
-        },
-    }
-
-
-def _print_summary(last: Delta) -> None:
-    counts = _counts(last)
-    usage, timings = counts["usage"], counts["timings"]
-    images = f" ({usage['image_tokens']} of images)" if usage["image_tokens"] else ""
-    ends = {"length": "; cut off by the token limit", "cancelled": "; cancelled"}
-    click.echo(
-        f"{usage['prompt_tokens']} prompt tokens{images}, {usage['completion_tokens']} answer tokens"
-        f"; first after {timings['ttft_ms'] / 1e3:.2f} s"
-        f", prefill {timings['prefill_tokens_per_s']:.0f} tokens/s"
-        f", decode {timings['decode_tokens_per_s']:.1f} tokens/s{ends.get(counts['finish_reason'], '')}",
-        err=True,
-    )
-
-
-def _chat(engine: Engine, conversation: _Conversation, text: str | None, options: dict[str, Any]) -> None:
-    """Read lines and answer them until /quit or the end of input."""
-    terminal = sys.stdin.isatty()
-    if terminal:
-        click.echo(_CHAT_HELP, err=True)
-    while True:
-        try:
-            line = text if text is not None else input("> " if terminal else "")
-        except EOFError:
-            if terminal:
-                click.echo(err=True)
-            return
-        except KeyboardInterrupt:
-            if not terminal:
-                raise
-            click.echo("\nCtrl-D or /quit ends", err=True)
-            continue
-        text = None
-        line = line.strip()
-        if line in ("/quit", "/exit"):
-            return
-        if line.startswith("/"):
-            _chat_command(conversation, line)
-        elif line:
-            _chat_turn(engine, conversation, line, options)
-
-
-def _chat_command(conversation: _Conversation, line: str) -> None:
-    name, _, rest = line.partition(" ")
-    if name == "/reset":
-        conversation.reset()
-        click.echo("Forgotten", err=True)
-    elif name == "/image" and rest.strip():
-        try:
-            conversation.images += _load_images([Path(rest.strip().strip("\"'")).expanduser()])
-        except EdgeError as error:
-            click.echo(f"Error: {error}", err=True)
-        else:
-            width, height = conversation.images[-1].size
-            click.echo(f"Attached, {width}x{height} pixels", err=True)
-    elif name == "/help":
-        click.echo(_CHAT_HELP, err=True)
-    else:
-        click.echo(f"Error: {line!r} is no command here; {_CHAT_HELP}", err=True)
-
-
-def _chat_turn(engine: Engine, conversation: _Conversation, line: str, options: dict[str, Any]) -> None:
-    """One question and its answer; without an answer it is as if it had not been asked."""
-    conversation.ask(line)
-    try:
-        with _interrupts() as cancel:
-            answer = _answer(engine, conversation.messages, options, cancel)
-    except EdgeError as error:
-        conversation.take_back()
-        click.echo(f"Error: {error}", err=True)
-        return
-    _print_summary(answer.last)
-    if answer.text:
-        conversation.messages.append({"role": "assistant", "content": answer.text})
-    else:
-        conversation.take_back()
-
-
-@contextmanager
-def _interrupts() -> Iterator[threading.Event]:
-    """Ctrl-C sets the event; a second one, for when the engine does not come round, interrupts as usual."""
-    cancel = threading.Event()
-
-    def on_interrupt(number: int, frame: FrameType | None) -> None:
-        if cancel.is_set():
-            raise KeyboardInterrupt
-        cancel.set()
-
-    if threading.current_thread() is not threading.main_thread():
-        yield cancel
-        return
-    before = signal.signal(signal.SIGINT, on_interrupt)
-    try:
-        yield cancel
-    finally:
-        signal.signal(signal.SIGINT, before)

@@ -76,8 +76,9 @@ class ContextLengthError(RequestError):
 
     def __init__(self, prompt_tokens: int, max_tokens: int, limit: int) -> None:
         super().__init__(
-            f"the prompt has {prompt_tokens} tokens and asks for {max_tokens} more, but the context holds {limit}; "
-            f"shorten the prompt, use fewer or smaller images, lower max_tokens, or load with a larger context"
+            f"the prompt has {prompt_tokens} tokens and asks for {max_tokens} more, but the context holds "
+            f"{limit}; shorten the prompt, use fewer or smaller images, lower max_tokens, or load with a "
+            "larger context"
         )
         self.prompt_tokens = prompt_tokens
         self.max_tokens = max_tokens

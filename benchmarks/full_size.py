@@ -3,9 +3,9 @@
     python scripts/make_checkpoint.py --shape autoglm-9b -o /tmp/autoglm-9b
     python benchmarks/full_size.py /tmp/autoglm-9b -o /tmp/autoglm-9b-int4
 
-The weights are random, so the answer means nothing; times, bytes and memory are those of the real model. Beside the decode rate
-stands the machine's read bandwidth, measured in the same run: decoding reads every weight once for each token.
-Prints a table; the last line is one JSON document.
+The weights are random, so the answer means nothing; times, bytes and memory are those of the real model.
+Beside the decode rate stands the machine's read bandwidth, measured in the same run: decoding reads every
+weight once for each token. Prints a table; the last line is one JSON document.
 """
 
 from __future__ import annotations
@@ -31,18 +31,26 @@ AUTOGLM = [sys.executable, "-m", "autoglm_edge"]
 
 def main() -> int:
     """Run the steps that were asked for and print what they cost."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--precision", default="int4", choices=["int4", "int8", "fp16", "fp32"])
-    parser.add_argument("--max-image-tokens", type=int, default=592, help="image budget of the run (default 592)")
+    parser.add_argument(
+        "--max-image-tokens", type=int, default=592, help="image budget of the run (default 592)"
+    )
     parser.add_argument("--screenshot", type=Path, help="default: the bundled one")
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--keep", action="store_true", help="keep the bundle")
     parser.add_argument("--reuse", action="store_true", help="skip the export if the bundle is there")
     arguments = parser.parse_args()
 
-    report: dict[str, Any] = {"date": date.today().isoformat(), "machine": machine(), "precision": arguments.precision}
+    report: dict[str, Any] = {
+        "date": date.today().isoformat(),
+        "machine": machine(),
+        "precision": arguments.precision,
+    }
     report["onnxruntime"] = onnxruntime.__version__
     if not (arguments.reuse and arguments.output.exists()):
         report["export"] = export(arguments)
@@ -83,7 +91,11 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
         command += ["-i", str(sample_screenshot())]
     watched = check(watch(command))
-    return {**json.loads(watched.stdout.splitlines()[-1]), "wall_seconds": round(watched.seconds, 1), "peak": watched.peak}
+    return {
+        **json.loads(watched.stdout.splitlines()[-1]),
+        "wall_seconds": round(watched.seconds, 1),
+        "peak": watched.peak,
+    }
 
 
 def check(watched: Watched) -> Watched:
@@ -110,7 +122,11 @@ def read_bandwidth(size_bytes: int = 1 << 30, repeats: int = 5) -> float:
 def machine() -> str:
     """CPU model and core count."""
     model = next(
-        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
+        (
+            line.split(":")[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if "model name" in line
+        ),
         platform.processor(),
     )
     return f"{model}, {len(os.sched_getaffinity(0))} cores"

@@ -4,7 +4,8 @@
 
 Nothing is read but the shapes in this file, which are those of GLM-4.1V-9B-Thinking, whose architecture
 AutoGLM-Phone-9B has. Counted are the three data files without the padding between their pieces; graphs,
-tokenizer and the other small files come on top. A table goes to stdout, and as its last line one JSON document.
+tokenizer and the other small files come on top. A table goes to stdout, and as its last line one JSON
+document.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Runs a command and watches its memory: anonymous, file-backed and shared, from /proc, ten times a second.
 
-In: an argument list. Out: exit code, output, wall time and the peaks. Linux only; knows nothing of what the command does.
+In: an argument list. Out: exit code, output, wall time and the peaks. Linux only; knows nothing of what the
+command does.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """README.md of a bundle: what it is, what is in it, how to run it, what it cannot do.
 
 In: the same facts that go into the manifest. Out: Markdown with the front matter that model hubs read. It
-holds no date, no path and no digest, so that the same export gives the same card; digests are in manifest.json.
+holds no date, no path and no digest, so that the same export gives the same card; manifest.json has digests.
 """
 
 from __future__ import annotations
@@ -71,8 +71,8 @@ tokens, {kv_full} at the full {context:,}.
 - At most {image_tokens:,} tokens per image ({megapixels:.1f} megapixels); larger pictures are scaled down.
   Still images only, no video.
 - Context: {context:,} tokens, image tokens included.
-{quantized}- The model acts on a real phone when a client lets it. Keep a person in the loop where money or data is
-  at stake.
+{quantized}- The model acts on a real phone when a client lets it. Keep a person in the loop where money or
+  data is at stake.
 
 ## Licence
 

@@ -102,7 +102,15 @@ class Checkpoint:
                 files; said before any tensor value is read.
             DependencyError: a hub id, and huggingface_hub is not installed.
         """
-        folder, name, commit = _locate(path_or_name, revision)
+        try:
+            return cls._open(*_locate(path_or_name, revision))
+        except OSError as error:  # a folder or link that may not be followed; files are converted by name
+            raise CheckpointError(
+                f"{error.filename or path_or_name} cannot be read ({error.strerror})"
+            ) from error
+
+    @classmethod
+    def _open(cls, folder: Path, name: str, commit: str | None) -> Checkpoint:
         config_bytes = _read(folder / CONFIG_NAME)
         document = read_json(folder / CONFIG_NAME)
         check_family(document, folder / CONFIG_NAME)
@@ -274,10 +282,10 @@ def check_family(config: Mapping[str, Any], path: Path) -> None:
 
 def _locate(path_or_name: str | Path, revision: str | None) -> tuple[Path, str, str | None]:
     """Folder, name and commit of what was asked for."""
-    path = Path(path_or_name).expanduser()
     try:
+        path = Path(path_or_name).expanduser()
         exists, is_folder = path.exists(), path.is_dir()
-    except (OSError, ValueError) as error:  # a name too long, or with a zero byte
+    except (OSError, ValueError, RuntimeError) as error:  # too long, with a zero byte, of an unknown user
         raise CheckpointError(f"{str(path_or_name)!r} cannot be a path ({error})") from error
     if not str(path_or_name):
         raise CheckpointError(
@@ -296,13 +304,16 @@ def _locate(path_or_name: str | Path, revision: str | None) -> tuple[Path, str, 
             )
         name, commit = _name_of(path)
         return path, name, commit
-    if path_or_name == POCKET_NAME:
+    name = str(path_or_name)
+    if name == POCKET_NAME:
+        if revision is not None:
+            raise CheckpointError(f"the embedded model has no revision {revision!r}; leave the revision out")
         return pocket_path(), POCKET_NAME, None
-    if isinstance(path_or_name, str) and hub.is_hub_id(path_or_name):
-        folder, commit = hub.download(path_or_name, revision, inspect=check_family)
-        return folder, path_or_name, commit
+    if hub.is_hub_id(name):
+        folder, commit = hub.download(name, revision, inspect=check_family)
+        return folder, name, commit
     raise CheckpointError(
-        f"{path_or_name} does not exist; give a folder, a hub id such as zai-org/AutoGLM-Phone-9B, or pocket"
+        f"{name!r} does not exist; give a folder, a hub id such as zai-org/AutoGLM-Phone-9B, or pocket"
     )
 
 

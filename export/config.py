@@ -332,6 +332,11 @@ def _text(settings: _Settings, config: Mapping[str, Any]) -> TextConfig:
     has_kv = any("num_key_value_heads" in values for _, values in settings.places)
     head_dim = settings.integer("head_dim", max(1, hidden // heads))
     rope = settings.below("rope_parameters", "rope_scaling")
+    for where, values in rope.places[: -len(settings.places)]:
+        if nested := next((key for key, value in values.items() if isinstance(value, dict)), None):
+            raise CheckpointError(
+                f"{where} gives {nested} settings of its own; one rope for all layers is supported"
+            )
     rope_type = rope.find("rope_type", "default", aliases=("type",))
     if rope_type != "default":
         raise CheckpointError(

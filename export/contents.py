@@ -32,7 +32,7 @@ from autoglm_edge.runtime.manifest import (
 
 from .card import CARD_NAME, model_card
 from .checkpoint import Checkpoint, ModelConfig, expected_tensors
-from .genai import GENAI_NAME, genai_config, to_bytes
+from .genai import GENAI_DECODER_NAME, GENAI_NAME, genai_config, genai_decoder, to_bytes
 from .plan import ITEM_BYTES, PartPlan
 
 TOOLS = ("numpy", "onnx", "onnx-ir", "onnxscript")
@@ -127,7 +127,8 @@ def graph_bytes(plan: PartPlan) -> bytes:
         )
     plan.model.producer_name = "autoglm-edge"
     plan.model.producer_version = version("autoglm-edge")
-    return ir.to_proto(plan.model).SerializeToString(deterministic=True)
+    content: bytes = ir.to_proto(plan.model).SerializeToString(deterministic=True)
+    return content
 
 
 def small_files(job: Job) -> dict[str, bytes]:
@@ -138,13 +139,14 @@ def small_files(job: Job) -> dict[str, bytes]:
         ExportError: a graph and its weight plan disagree.
     """
     files = {plan.graph_file: graph_bytes(plan) for plan in job.plans}
+    plans = {plan.name: plan for plan in job.plans}
+    files[GENAI_DECODER_NAME] = genai_decoder(files[plans["decoder"].graph_file])
     side = job.checkpoint.side_files()
     if clash := sorted(set(side) & {*files, CARD_NAME, GENAI_NAME, *(plan.data_file for plan in job.plans)}):
         raise ExportError(f"the checkpoint wants to add {clash[0]}, a name that the bundle itself uses")
     if job.max_image_tokens is not None and PROCESSOR_NAME in side:
         side[PROCESSOR_NAME] = with_pixel_budget(side[PROCESSOR_NAME], job.config.image)
     files.update(side)
-    plans = {plan.name: plan for plan in job.plans}
     files[GENAI_NAME] = to_bytes(genai_config(job.config, plans, _json_object(side, "config.json")))
     sizes = {name: len(content) for name, content in files.items()}
     sizes.update({plan.data_file: plan.data_bytes for plan in job.plans})

@@ -9,15 +9,18 @@ A quantized table is read row by row as tokens ask for it; no float copy of it e
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import onnx_ir as ir
 from onnxscript import GraphBuilder, nn
 from onnxscript._internal.builder import OpBuilder
 
+from autoglm_edge.quantize.formats import BlockFormat
 from autoglm_edge.quantize.recipe import Recipe
 
 from .checkpoint import ModelConfig
-from .nn import CONTRIB, IR_DTYPES, WeightBook, build_part
-from .plan import PartPlan, Piece, Weight
+from .nn import CONTRIB, IR_DTYPES, Outputs, Signature, WeightBook, build_part, matmul_pieces
+from .plan import Dtype, PartPlan, Piece, Weight
 
 TABLE = "model.language_model.embed_tokens"
 
@@ -29,22 +32,17 @@ class Table(nn.Module):
         super().__init__(TABLE)
         name = f"{TABLE}.weight"
         self.format = book.recipe.format_for(name)
-        if self.format is not None and hidden % self.format.block_size:
-            self.format = None  # the gather kernel wants whole blocks
+        self.scales = self.zero_points = None
         if self.format is None:
             pieces: tuple[Piece, ...] = (Piece(name, book.dtype, (vocab, hidden)),)
         else:
-            blocks, bits = hidden // self.format.block_size, self.format.bits
-            pieces = (
-                Piece(f"{name}_data", "uint8", (vocab, hidden * bits // 8)),
-                Piece(f"{name}_scales", book.dtype, (vocab, blocks)),
-            )
-            if not self.format.symmetric:
-                pieces += (Piece(f"{name}_zero_points", "uint8", (vocab, -(-blocks * bits // 8))),)
-        for attribute, piece in zip(("weight", "scales", "zero_points"), pieces, strict=False):
-            setattr(self, attribute, book.parameter(piece))
-        action = "copy" if self.format is None else "quantize"
-        book.add(Weight(name, vocab, hidden, action, pieces, self.format))
+            pieces = gather_pieces(name, vocab, hidden, self.format, book.dtype)
+            self.scales = book.parameter(pieces[1])
+            self.zero_points = None if self.format.symmetric else book.parameter(pieces[2])
+        self.weight = book.parameter(pieces[0])
+        book.add(
+            Weight(name, vocab, hidden, "copy" if self.format is None else "quantize", pieces, self.format)
+        )
 
     def forward(self, op: OpBuilder, ids: ir.Value) -> ir.Value:
         """(B, T) -> (B, T, C)."""
@@ -54,7 +52,7 @@ class Table(nn.Module):
             self.weight,
             ids,
             self.scales,
-            None if self.format.symmetric else self.zero_points,
+            self.zero_points,
             bits=self.format.bits,
             block_size=self.format.block_size,
             gather_axis=0,
@@ -63,18 +61,27 @@ class Table(nn.Module):
         )
 
 
+def gather_pieces(name: str, rows: int, columns: int, format: BlockFormat, dtype: Dtype) -> tuple[Piece, ...]:
+    """Data (V, bytes), scales (V, blocks) and zero points (V, bytes), as GatherBlockQuantized wants them.
+
+    Unlike MatMulNBits, it does not pad the last block of a row.
+    """
+    data, scales, *zero_points = matmul_pieces(name, rows, columns, format, dtype)
+    return (replace(data, shape=(rows, -(-columns * format.bits // 8))), scales, *zero_points)
+
+
 def plan_embedding(config: ModelConfig, recipe: Recipe) -> PartPlan:
     """Graph and weight plan of the embedding."""
     text = config.text
     book = WeightBook(recipe)
     table = Table(book, text.vocab, text.hidden)
     dtype = IR_DTYPES[book.dtype]
-    inputs = [
+    inputs: Signature = [
         ("input_ids", ir.DataType.INT64, ["batch", "tokens"]),
         ("image_features", dtype, ["image_tokens", text.hidden]),
     ]
 
-    def trace(builder: GraphBuilder, op: OpBuilder, values: list[ir.Value]):  # type: ignore[no-untyped-def]
+    def trace(builder: GraphBuilder, op: OpBuilder, values: list[ir.Value]) -> Outputs:
         ids, features = values
         where = op.Transpose(op.NonZero(op.Equal(ids, config.tokens.image)), perm=[1, 0])  # (N, 2)
         merged = op.ScatterND(table(op, ids), where, features)

@@ -8,6 +8,7 @@ the checkpoint.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import resource
 import shutil
@@ -57,15 +58,20 @@ class Estimate:
     """What an export comes to.
 
     Attributes:
-        model: hub id or folder name of the checkpoint. recipe: name of the recipe. activations: "float32" or
-        "float16". parts: decoder, embedding, vision. other_bytes: of tokenizer, template, configuration, card
-        and manifest. total_bytes: of the whole bundle, exact. source_bytes: of the checkpoint's tensors.
-        free_bytes: on the disk of the output. fits: whether the disk has room. peak_anonymous_bytes: memory
-        that the export itself needs, at most; mapped files not counted. seconds: that reading, converting and
-        hashing take on this machine, if the disks keep up. weights_mapped_bytes: at run time, clean pages
-        that the system can drop and read again. weights_copied_bytes: at run time on a CPU, at most: weights
-        that onnxruntime copies into an order of its own,
-            when it loads them; these cannot be dropped.
+        model: hub id or folder name of the checkpoint.
+        recipe: name of the recipe.
+        activations: "float32" or "float16".
+        parts: decoder, embedding, vision.
+        other_bytes: of tokenizer, template, configuration, card and manifest.
+        total_bytes: of the whole bundle, exact.
+        source_bytes: of the checkpoint's tensors.
+        free_bytes: on the disk of the output.
+        fits: whether the disk has room.
+        peak_anonymous_bytes: memory that the export itself needs, at most; mapped files not counted.
+        seconds: that converting and hashing take on this machine, if the disks keep up.
+        weights_mapped_bytes: at run time, clean pages that the system can drop and read again.
+        weights_copied_bytes: at run time on a CPU, at most: weights that onnxruntime copies into an order of
+            its own when it loads them; these cannot be dropped.
         kv_bytes_per_token: what a token adds to the KV cache.
         kv_bytes_at_4096: KV cache of 4,096 tokens.
         kv_bytes_at_full_context: KV cache of the longest context.
@@ -167,25 +173,29 @@ def estimate_job(job: Job, output: Path) -> Estimate:
 
 
 def expected_seconds(job: Job, workers: int) -> float:
-    """Time for all weights, from a trial of each number format on this machine with that many threads."""
+    """Time for all weights and their digests, from a trial on this machine with that many threads."""
     values: Counter[BlockFormat | str] = Counter()
     for plan in job.plans:
         for weight in plan.weights:
             values[weight.quant or weight.action] += weight.rows * weight.columns
     rates = {kind: values_per_second(kind, workers) for kind in values}
-    return sum(count / rates[kind] for kind, count in values.items())
+    return sum(count / rates[kind] for kind, count in values.items()) + job.data_bytes / hashed_per_second()
 
 
 def values_per_second(kind: BlockFormat | str, workers: int) -> float:
-    """Weights per second that this machine converts to a format; copies are casts to float32 in memory.
+    """Weights per second that this machine takes from bfloat16 to a format, all in memory.
 
     Args:
         kind: a number format, "copy" or "transpose".
         workers: threads at work.
     """
-    rows = np.random.default_rng(0).standard_normal((TRIAL_ROWS, TRIAL_COLUMNS), np.float32)
+    shape = (TRIAL_ROWS, TRIAL_COLUMNS)
+    stored = (np.random.default_rng(0).standard_normal(shape, np.float32).view(np.uint32) >> 16).astype(
+        np.uint16
+    )
 
     def once(_: int) -> None:
+        rows = (stored.astype(np.uint32) << 16).view(np.float32)
         if isinstance(kind, BlockFormat):
             quantize_rows(rows, kind)
         elif kind == "transpose":
@@ -198,7 +208,15 @@ def values_per_second(kind: BlockFormat | str, workers: int) -> float:
         start = time.perf_counter()
         list(pool.map(once, range(workers * TRIAL_REPEATS)))
         seconds = time.perf_counter() - start
-    return workers * TRIAL_REPEATS * rows.size / max(seconds, 1e-9)
+    return workers * TRIAL_REPEATS * stored.size / max(seconds, 1e-9)
+
+
+def hashed_per_second() -> float:
+    """Bytes per second of SHA-256 on one core, as the export computes it."""
+    block = bytes(TRIAL_ROWS * TRIAL_COLUMNS)
+    start = time.perf_counter()
+    hashlib.sha256(block)
+    return len(block) / max(time.perf_counter() - start, 1e-9)
 
 
 def _copied_bytes(plan: PartPlan) -> int:

@@ -1,7 +1,7 @@
 """genai_config.json, with which onnxruntime-genai loads a bundle folder as it is.
 
-In: the model's geometry and ids. Out: a JSON document. Knows nothing of this project's own runtime, which
-does not read it.
+In: the model's geometry and ids, and the decoder graph. Out: a JSON document, and that graph in the form that
+onnxruntime-genai takes. Knows nothing of this project's own runtime, which reads neither.
 
 The model type is "qwen2_5_vl": the list of types in onnxruntime-genai is closed and has no GLM-4.1V, and for
 still images the two share inputs, outputs and the rule for positions. Its image processor is another one,
@@ -14,10 +14,13 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+import onnx
+
 from .checkpoint import ModelConfig
 from .plan import PartPlan
 
 GENAI_NAME = "genai_config.json"
+GENAI_DECODER_NAME = "decoder.genai.onnx"
 MODEL_TYPE = "qwen2_5_vl"
 SEARCH_KEYS = ("temperature", "top_k", "top_p", "repetition_penalty")
 
@@ -43,7 +46,7 @@ def genai_config(
         "image_token_id": tokens.image,
         "vision_start_token_id": tokens.image_start,
         "decoder": {
-            "filename": plans["decoder"].graph_file,
+            "filename": GENAI_DECODER_NAME,
             "session_options": _session_options(),
             "head_size": text.head_dim,
             "hidden_size": text.hidden,
@@ -92,6 +95,24 @@ def genai_config(
     if "top_k" in search:
         search["top_k"] = int(search["top_k"])
     return {"model": model, "search": search}
+
+
+def genai_decoder(graph: bytes) -> bytes:
+    """The decoder graph, over the same data file, with one row of logits and nothing to choose.
+
+    onnxruntime-genai allocates logits for every position of a prompt, unless the graph says that there is one;
+    and it does not know the optional input.
+
+    Args:
+        graph: decoder.onnx, serialized, its weights outside.
+    """
+    model = onnx.ModelProto.FromString(graph)
+    kept = [value for value in model.graph.input if value.name != "num_logits_to_keep"]
+    del model.graph.input[:]
+    model.graph.input.extend(kept)
+    (logits,) = (value for value in model.graph.output if value.name == "logits")
+    logits.type.tensor_type.shape.dim[1].dim_value = 1
+    return model.SerializeToString(deterministic=True)
 
 
 def to_bytes(document: Mapping[str, Any]) -> bytes:

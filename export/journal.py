@@ -65,7 +65,7 @@ def read_journal(path: Path) -> Entries | None:
         return None
     try:
         return _parse(lines)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ExportError(
             f"{path} is no export journal of this release ({type(error).__name__}); start over with --force"
         ) from error

@@ -20,7 +20,7 @@ from onnxscript._internal.builder import OpBuilder
 from autoglm_edge.quantize.formats import BlockFormat
 from autoglm_edge.quantize.recipe import Recipe
 
-from .plan import Dtype, PartPlan, Piece, Weight, lay_out
+from .plan import Action, Dtype, PartPlan, Piece, Weight, lay_out
 
 OPSET = 23
 """First opset with RotaryEmbedding and RMSNormalization."""
@@ -31,6 +31,13 @@ IR_DTYPES: dict[str, ir.DataType] = {
     "float16": ir.DataType.FLOAT16,
     "uint8": ir.DataType.UINT8,
 }
+
+
+Signature = list[tuple[str, ir.DataType, Sequence[int | str]]]
+"""Name, dtype and shape of each graph input."""
+
+Outputs = list[tuple[str, ir.Value, ir.DataType, Sequence[int | str]]]
+"""Name, value, dtype and shape of each graph output."""
 
 
 class WeightBook:
@@ -58,8 +65,8 @@ class WeightBook:
 class Linear(nn.Module):
     """y = x @ W.T + b, with W in the format that the recipe gives it.
 
-    Float weights are stored transposed, (columns, rows), and used by MatMul; quantized ones are stored row by row
-    for MatMulNBits.
+    Float weights are stored transposed, (columns, rows), and used by MatMul; quantized ones are stored row by
+    row for MatMulNBits.
     """
 
     def __init__(
@@ -97,7 +104,7 @@ class Linear(nn.Module):
             self.weight = book.parameter(pieces[0])
             self.scales = book.parameter(pieces[1])
             self.zero_points = None if self.format.symmetric else book.parameter(pieces[2])
-        action = "transpose" if self.format is None else "quantize"
+        action: Action = "transpose" if self.format is None else "quantize"
         book.add(Weight(source, rows, columns, action, pieces, self.format, permute))
         self.bias = None
         if bias:
@@ -152,9 +159,9 @@ class LayerNorm(nn.Module):
     def __init__(self, book: WeightBook, stem: str, width: int, epsilon: float) -> None:
         super().__init__()
         self.epsilon = epsilon
-        for name in ("weight", "bias"):
-            piece = Piece(f"{stem}.{name}", book.dtype, (width,))
-            setattr(self, name, book.parameter(piece))
+        pieces = [Piece(f"{stem}.{name}", book.dtype, (width,)) for name in ("weight", "bias")]
+        self.weight, self.bias = (book.parameter(piece) for piece in pieces)
+        for piece in pieces:
             book.add(Weight(piece.name, rows=1, columns=width, action="copy", pieces=(piece,)))
 
     def forward(self, op: OpBuilder, x: ir.Value) -> ir.Value:
@@ -163,7 +170,7 @@ class LayerNorm(nn.Module):
 
 
 def silu(op: OpBuilder, x: ir.Value) -> ir.Value:
-    """x * sigmoid(x), as one node."""
+    """X * sigmoid(x), as one node."""
     return op.QuickGelu(x, alpha=1.0, **CONTRIB)
 
 
@@ -188,8 +195,8 @@ def constant(op: OpBuilder, value: NDArray[np.float32]) -> ir.Value:
 def build_part(
     name: str,
     book: WeightBook,
-    inputs: Sequence[tuple[str, ir.DataType, Sequence[int | str]]],
-    trace: Callable[[GraphBuilder, OpBuilder, list[ir.Value]], Sequence[tuple[str, ir.Value, ir.DataType, Sequence[int | str]]]],
+    inputs: Signature,
+    trace: Callable[[GraphBuilder, OpBuilder, list[ir.Value]], Outputs],
 ) -> PartPlan:
     """Trace a graph and lay out its weights.
 

@@ -118,17 +118,19 @@ def export(
     unless `force` is given.
 
     Args:
-        model: folder of a checkpoint, a hub id, or "pocket"; None is the embedded pocket model. output:
-        folder of the bundle; it must not exist, or be empty, or hold a bundle and `force` be given.
-        precision: name of a preset recipe: fp32, fp16, int8, int4, int4-mixed or int4-all. block_size:
-        weights that share a scale: 32, 64 or 128, in place of the recipe's own. symmetric: whether to store
-        no zero points, in place of the recipe's own. recipe: a recipe, its TOML file or its name, in place of
-        `precision`. max_image_tokens: most tokens per image, in place of the checkpoint's budget. revision:
-        branch, tag or commit of a hub checkpoint. activations: "float32" or "float16", in place of the
-        recipe's own. accuracy_level: of MatMulNBits, 0 to 4, in place of the recipe's own. resume: insist on
-        continuing an interrupted export. With `force`, that export may replace a bundle. force: discard an
-        interrupted export and replace the bundle at `output`; the old one stays until the new
-            one is complete.
+        model: folder of a checkpoint, a hub id, or "pocket"; None is the embedded pocket model.
+        output: folder of the bundle; it must not exist, or be empty, or hold a bundle and `force` be given.
+        precision: name of a preset recipe: fp32, fp16, int8, int4, int4-mixed or int4-all.
+        block_size: weights that share a scale: 32, 64 or 128, in place of the recipe's own.
+        symmetric: whether to store no zero points, in place of the recipe's own.
+        recipe: a recipe, its TOML file or its name, in place of `precision`.
+        max_image_tokens: most tokens per image, in place of the checkpoint's budget.
+        revision: branch, tag or commit of a hub checkpoint.
+        activations: "float32" or "float16", in place of the recipe's own.
+        accuracy_level: of MatMulNBits, 0 to 4, in place of the recipe's own.
+        resume: insist on continuing an interrupted export. With `force`, that export may replace a bundle.
+        force: discard an interrupted export and replace the bundle at `output`; the old one stays until the
+            new one is complete.
         progress: called with what is going on, from this thread.
 
     Returns:
@@ -257,12 +259,16 @@ def _carry_out(job: Job, output: Path, options: ExportOptions, tell: Progress) -
     try:
         with Staging(output) as staging:
             fingerprint = job.fingerprint()
-            entries = _earlier_attempt(staging, fingerprint, job, options, tell)
+            entries = _earlier_attempt(staging, fingerprint, options)
             if entries is not None and _is_published(staging, entries):
                 staging.tidy()  # killed between the rename and the end
                 return
+            if entries is not None:
+                _check_data_files(staging, entries, job)
+                done = f"{entries.count} of {job.weight_count} tensors done"
+                tell(ProgressEvent("resume", f"continuing {staging.folder}, {done}", 0, 0))
             try:
-                check_output(output, force=options.force)
+                check_output(output, force=options.force, begun=entries is not None)
                 needed = _check_disk(job, staging)
             except ExportError:
                 if entries is None:
@@ -279,8 +285,8 @@ def _carry_out(job: Job, output: Path, options: ExportOptions, tell: Progress) -
         if error.errno in DISK_FULL:
             free = shutil.disk_usage(nearest_folder(output)).free
             raise ExportError(
-                f"the disk of {output} is full: the export needs {needed:,} bytes in all, and {free:,} are free now; "
-                "free some space and run the same export again, it goes on where it stopped"
+                f"the disk of {output} is full: the export needs {needed:,} bytes in all, and {free:,} are "
+                "free now; free some space and run the same export again, it goes on where it stopped"
             ) from error
         raise ExportError(
             f"the export to {output} failed at {error.filename or 'a file'} ({error.strerror or error}); "
@@ -288,9 +294,7 @@ def _carry_out(job: Job, output: Path, options: ExportOptions, tell: Progress) -
         ) from error
 
 
-def _earlier_attempt(
-    staging: Staging, fingerprint: str, job: Job, options: ExportOptions, tell: Progress
-) -> Entries | None:
+def _earlier_attempt(staging: Staging, fingerprint: str, options: ExportOptions) -> Entries | None:
     """What an interrupted export left that can be used, by the rules of `resume` and `force`.
 
     Raises:
@@ -302,6 +306,7 @@ def _earlier_attempt(
     entries = read_journal(staging.journal)
     if entries is None:
         if options.resume:
+            staging.tidy()
             raise ExportError(f"{staging.folder} holds no interrupted export; run without --resume")
         staging.discard()
         return None
@@ -310,18 +315,21 @@ def _earlier_attempt(
             f"{staging.folder} holds an interrupted export of another kind ({entries.about}; other weights, "
             "options or release); run that one again, or start over with --force"
         )
+    return entries
+
+
+def _check_data_files(staging: Staging, entries: Entries, job: Job) -> None:
+    """Compare the data files with what the journal says is in them.
+
+    Raises:
+        ExportError: one is gone or has another size.
+    """
     for plan in job.plans:
         path = staging.bundle / plan.data_file
         if entries.finished.get(plan.name) and not _has_size(path, plan.data_bytes):
             raise ExportError(
                 f"{path} is missing or was changed since the export stopped; start over with --force"
             )
-    tell(
-        ProgressEvent(
-            "resume", f"continuing {staging.folder}, {entries.count} of {job.weight_count} tensors done", 0, 0
-        )
-    )
-    return entries
 
 
 def _is_published(staging: Staging, entries: Entries) -> bool:

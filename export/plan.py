@@ -59,7 +59,8 @@ class Weight:
         columns: product of its other dimensions.
         action: "copy" keeps row-major order and casts; "transpose" stores (columns, rows);
             "quantize" makes pieces (data, scales[, zero points]) row by row.
-        pieces: outputs. quantize: data uint8, scales in the activation dtype, zero points uint8 if asymmetric.
+        pieces: outputs. quantize: data uint8, scales in the activation dtype, and uint8 zero points if it is
+            asymmetric.
         quant: the format if action is "quantize".
         permute: axes order applied to the checkpoint tensor before it is seen as a matrix, or None
             (the vision downsample convolution, whose kernel must lie patch first).

@@ -35,6 +35,8 @@ class Staging:
     """
 
     def __init__(self, output: Path) -> None:
+        if not output.name:
+            raise ExportError(f"{output} cannot be an output folder; name a folder that does not exist yet")
         self.output = output
         self.folder = output.with_name(output.name + SUFFIX)
         self.bundle = self.folder / "bundle"
@@ -46,8 +48,11 @@ class Staging:
     def __enter__(self) -> Staging:
         self._take_lock()
         try:
-            if self._old.is_dir() and not self.output.exists():
-                os.rename(self._old, self.output)  # a crash between the two renames of publish
+            if self._old.is_dir():
+                if _is_filled(self.output):
+                    shutil.rmtree(self._old)  # a crash after the second rename of publish
+                else:
+                    os.rename(self._old, self.output)  # a crash between the two
             self.bundle.mkdir(exist_ok=True)
         except BaseException:
             self._free_lock()
@@ -78,7 +83,7 @@ class Staging:
         What is at `output` at any moment is the old bundle, nothing, or the new one.
         """
         sync_folder(self.bundle)
-        if self.output.is_dir() and any(self.output.iterdir()):
+        if _is_filled(self.output):
             os.rename(self.output, self._old)
         os.rename(self.bundle, self.output)
         sync_folder(self.output.parent)
@@ -128,14 +133,17 @@ class Staging:
             os.close(handle)
 
 
-def check_output(output: Path, *, force: bool) -> None:
+def check_output(output: Path, *, force: bool, begun: bool = False) -> None:
     """Check that a bundle may be put at `output`.
+
+    Args:
+        output: where it would go.
+        force: whether a bundle may be replaced.
+        begun: whether an interrupted export waits to be continued, which the error then mentions.
 
     Raises:
         ExportError: something is there that must not be replaced, or not without `force`.
     """
-    if not output.name:
-        raise ExportError(f"{output} cannot be an output folder; name a folder that does not exist yet")
     if not output.exists():
         return
     if not output.is_dir():
@@ -151,17 +159,22 @@ def check_output(output: Path, *, force: bool) -> None:
             "choose another output folder, or move it away"
         )
     if not force:
-        raise ExportError(f"{output} exists; choose another output folder, or replace it with --force")
+        how = "--resume --force, which continues the interrupted export" if begun else "--force"
+        raise ExportError(f"{output} exists; choose another output folder, or replace it with {how}")
+
+
+def _is_filled(folder: Path) -> bool:
+    return folder.is_dir() and any(folder.iterdir())
 
 
 def bundle_names(folder: Path) -> set[str]:
-    """Names that belong to the bundle in this folder, by its own account; empty if it is no bundle of ours."""
+    """Names that belong to the bundle in this folder, by its own account; none if it is no bundle."""
     try:
         document = json.loads((folder / MANIFEST_NAME).read_bytes())
         if not str(document["created_by"]).startswith("autoglm-edge "):
             return set()
         return {MANIFEST_NAME, *(str(entry["path"]) for entry in document["files"])}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return set()
 
 

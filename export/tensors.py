@@ -144,7 +144,7 @@ class TensorStore:
             permute: order of the axes before the tensor is seen as (first axis, product of the others).
 
         Returns:
-            A new C-contiguous array (stop - start, columns); nothing else stays in memory.
+            A new C-contiguous array (stop - start, columns); nothing else stays resident.
 
         Raises:
             CheckpointError: unknown name, a format that is no float, rows out of range, or a file that shrank
@@ -167,19 +167,21 @@ class TensorStore:
             wanted = matrix[start:stop]
             if axes != tuple(range(len(axes))):
                 wanted = np.ascontiguousarray(wanted.transpose(axes))
-            return _to_float32(wanted.reshape(stop - start, columns))
+            values = _to_float32(wanted.reshape(stop - start, columns))
+            row_bytes = (entry.end - entry.begin) // max(count, 1)
+            self._drop(entry, entry.begin + start * row_bytes, entry.begin + stop * row_bytes)
+            return values
         return _to_float32(
             np.ascontiguousarray(matrix.transpose(axes)[start:stop]).reshape(stop - start, columns)
         )
 
     def release(self, name: str) -> None:
-        """Drop the mapped pages of a tensor from resident memory; it can still be read again."""
-        if not hasattr(mmap, "MADV_DONTNEED"):
-            return
+        """Drop what is still mapped of a tensor from resident memory; it can be read again.
+
+        `rows` has done so for its own rows already, unless `permute` moved the first axis.
+        """
         entry = self._entry(name)
-        begin = entry.begin // mmap.PAGESIZE * mmap.PAGESIZE
-        if entry.end > begin:
-            self._files[entry.file].view.madvise(mmap.MADV_DONTNEED, begin, entry.end - begin)
+        self._drop(entry, entry.begin, entry.end)
 
     def fingerprint(self) -> str:
         """SHA-256 over names, sizes, modification times and headers of the files."""
@@ -193,6 +195,12 @@ class TensorStore:
         """Unmap the files. The store cannot be read afterwards."""
         for file in self._files:
             file.view.close()
+
+    def _drop(self, entry: _Entry, begin: int, end: int) -> None:
+        """Drop the pages of a byte range from resident memory; a page that is needed after all comes back."""
+        if hasattr(mmap, "MADV_DONTNEED") and begin < end:
+            begin = begin // mmap.PAGESIZE * mmap.PAGESIZE
+            self._files[entry.file].view.madvise(mmap.MADV_DONTNEED, begin, end - begin)
 
     def _entry(self, name: str) -> _Entry:
         try:
@@ -213,6 +221,8 @@ class TensorStore:
                 "again"
             )
         kind = {"BF16": "<u2", "F16": "<f2", "F32": "<f4"}[entry.code]
+        if file.view.closed:
+            raise CheckpointError(f"{file.path} was closed before {name!r} was read")
         if entry.begin == entry.end:
             return np.empty(entry.shape, dtype=kind)
         flat = np.frombuffer(file.view, dtype=kind, count=math.prod(entry.shape), offset=entry.begin)

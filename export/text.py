@@ -7,12 +7,14 @@
     num_logits_to_keep   int64 scalar, optional, default 1: last positions to score; 0 means all
     → logits (B, n, V) float32, present.N.* (B, K, S, D)
 
-Weights come from the checkpoint later, by name. One layer is 16 nodes; the kernels that matter are MatMulNBits (or MatMul),
-GroupQueryAttention and the rotary embedding, to which the three axes come as per-token cosines and sines.
+Weights come from the checkpoint later, by name. One layer is 16 nodes; the kernels that matter are
+MatMulNBits (or MatMul), GroupQueryAttention and the rotary embedding, to which the three axes come as
+per-token cosines and sines.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,7 +25,18 @@ from onnxscript._internal.builder import OpBuilder
 from autoglm_edge.quantize.recipe import Recipe
 
 from .checkpoint import ModelConfig, TextConfig
-from .nn import CONTRIB, IR_DTYPES, Linear, RMSNorm, WeightBook, build_part, constant, silu
+from .nn import (
+    CONTRIB,
+    IR_DTYPES,
+    Linear,
+    Outputs,
+    RMSNorm,
+    Signature,
+    WeightBook,
+    build_part,
+    constant,
+    silu,
+)
 from .plan import PartPlan
 
 STEM = "model.language_model"
@@ -47,7 +60,7 @@ class Step:
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with a partial, interleaved, three-axis rotary embedding; keys are cached rotated."""
+    """Grouped-query attention; partial, interleaved, three-axis rotary embedding; keys are cached rotated."""
 
     def __init__(self, book: WeightBook, stem: str, text: TextConfig) -> None:
         super().__init__()
@@ -103,8 +116,8 @@ class Mlp(nn.Module):
 class Layer(nn.Module):
     """One decoder layer, with a norm before and after each branch.
 
-    Takes and gives the stream as a pair (branch, residual) that is still to be added, so that every addition is
-    fused with the norm that follows it.
+    Takes and gives the stream as a pair (branch, residual) that is still to be added, so that every addition
+    is fused with the norm that follows it.
     """
 
     def __init__(self, book: WeightBook, stem: str, text: TextConfig) -> None:
@@ -134,7 +147,8 @@ class Layer(nn.Module):
             residual: (B, T, C).
             step: shared values.
             past: (B, K, P, D) twice.
-            keep: in the last layer, start of the positions that anyone needs; the rest is dropped after attention.
+            keep: in the last layer, start of the positions that anyone needs; the rest is dropped after
+                attention.
         """
         if branch is None:
             h = self.input_layernorm(op, residual)
@@ -189,14 +203,15 @@ def plan_decoder(config: ModelConfig, recipe: Recipe) -> PartPlan:
     head._set_name("lm_head")
     dtype = IR_DTYPES[book.dtype]
     cache = [f"{i}.{kind}" for i in range(text.layers) for kind in ("key", "value")]
-    inputs = [
+    inputs: Signature = [
         ("inputs_embeds", dtype, ["batch", "tokens", text.hidden]),
         ("attention_mask", ir.DataType.INT64, ["batch", "total"]),
         ("position_ids", ir.DataType.INT64, [3, "batch", "tokens"]),
-        *((f"past_key_values.{name}", dtype, ["batch", text.kv_heads, "past", text.head_dim]) for name in cache),
     ]
+    shape: Sequence[int | str] = ["batch", text.kv_heads, "past", text.head_dim]
+    inputs += [(f"past_key_values.{name}", dtype, shape) for name in cache]
 
-    def trace(builder: GraphBuilder, op: OpBuilder, values: list[ir.Value]):  # type: ignore[no-untyped-def]
+    def trace(builder: GraphBuilder, op: OpBuilder, values: list[ir.Value]) -> Outputs:
         embeds, mask, positions, *flat = values
         wanted = builder.input(
             "num_logits_to_keep",
@@ -211,12 +226,13 @@ def plan_decoder(config: ModelConfig, recipe: Recipe) -> PartPlan:
         logits = head(op, h)
         if dtype != ir.DataType.FLOAT:
             logits = op.Cast(logits, to=ir.DataType.FLOAT)
-        shape = ["batch", text.kv_heads, "cached", text.head_dim]
+        shape: Sequence[int | str] = ["batch", text.kv_heads, "cached", text.head_dim]
         grown = [value for pair in present for value in pair]
-        return [
-            ("logits", logits, ir.DataType.FLOAT, ["batch", "scored", text.vocab]),
-            *((f"present.{name}", value, dtype, shape) for name, value in zip(cache, grown, strict=True)),
+        outputs: Outputs = [("logits", logits, ir.DataType.FLOAT, ["batch", "scored", text.vocab])]
+        outputs += [
+            (f"present.{name}", value, dtype, shape) for name, value in zip(cache, grown, strict=True)
         ]
+        return outputs
 
     return build_part("decoder", book, inputs, trace)
 
@@ -224,13 +240,13 @@ def plan_decoder(config: ModelConfig, recipe: Recipe) -> PartPlan:
 def _step(op: OpBuilder, mask: ir.Value, positions: ir.Value, text: TextConfig, dtype: ir.DataType) -> Step:
     """Rotary angles and lengths.
 
-    Pair j of a head turns by position[axis of j] * theta ** (-2j / rotary); `mrope_section` says how many pairs each
-    axis has, in order. In fp32 whatever the activations are: fp16 cannot count the positions.
+    Pair j of a head turns by position[axis of j] * theta ** (-2j / rotary); `mrope_section` says how many
+    pairs each axis has, in order. In fp32 whatever the activations are: fp16 cannot count the positions.
     """
     pairs = text.rotary_dim // 2
-    frequencies = (1.0 / text.rope_theta ** (np.arange(0, text.rotary_dim, 2, dtype=np.float32) / text.rotary_dim)).astype(
-        np.float32
-    )
+    frequencies = (
+        1.0 / text.rope_theta ** (np.arange(0, text.rotary_dim, 2, dtype=np.float32) / text.rotary_dim)
+    ).astype(np.float32)
     assert sum(text.mrope_section) == pairs
     places = op.Unsqueeze(op.Cast(positions, to=ir.DataType.FLOAT), [-1])
     angles, start = [], 0

@@ -4,8 +4,8 @@
     image_grid_thw  (1, 3) int64: 1, rows, columns of patches
     → image_features (P / merge², C) activations dtype
 
-Positions are computed inside from the grid. Attention over a picture is full, so it goes through one fused operator whose
-memory grows with P, not P². Several pictures are several runs. Videos are not supported.
+Positions are computed inside from the grid. Attention over a picture is full, so it goes through one fused
+operator whose memory grows with P, not P². Several pictures are several runs. Videos are not supported.
 """
 
 from __future__ import annotations
@@ -18,7 +18,19 @@ from onnxscript._internal.builder import OpBuilder
 from autoglm_edge.quantize.recipe import Recipe
 
 from .checkpoint import ModelConfig, VisionConfig
-from .nn import CONTRIB, IR_DTYPES, LayerNorm, Linear, RMSNorm, WeightBook, build_part, constant, silu
+from .nn import (
+    CONTRIB,
+    IR_DTYPES,
+    LayerNorm,
+    Linear,
+    Outputs,
+    RMSNorm,
+    Signature,
+    WeightBook,
+    build_part,
+    constant,
+    silu,
+)
 from .plan import PartPlan, Piece, Weight
 
 STEM = "model.visual"
@@ -28,20 +40,33 @@ BICUBIC_A = -0.75
 """Coefficient of the cubic convolution kernel that torch's bicubic sampling uses (Keys 1981 has -0.5)."""
 
 
+class Attention(nn.Module):
+    """Every patch of a picture sees every other; positions come in as a two-axis rotary embedding."""
+
+    def __init__(self, book: WeightBook, stem: str, vision: VisionConfig) -> None:
+        super().__init__()
+        self.vision = vision
+        self.qkv = Linear(book, f"{stem}.qkv", vision.hidden, 3 * vision.hidden, bias=vision.attention_bias)
+        self.proj = Linear(book, f"{stem}.proj", vision.hidden, vision.hidden)
+
+    def forward(self, op: OpBuilder, x: ir.Value, cos: ir.Value, sin: ir.Value) -> ir.Value:
+        """(1, P, hidden) -> (1, P, hidden); cos and sin are (1, P, head_dim / 2)."""
+        heads = self.vision.heads
+        q, k, v = op.Split(self.qkv(op, x), num_outputs=3, axis=-1, _outputs=3)
+        q, k = (op.RotaryEmbedding(part, cos, sin, interleaved=0, num_heads=heads) for part in (q, k))
+        y = op.MultiHeadAttention(q, k, v, num_heads=heads, scale=self.vision.head_dim**-0.5, **CONTRIB)
+        return self.proj(op, y)
+
+
 class Block(nn.Module):
     """Attention and SwiGLU, each after a norm. The stream is a pair (branch, residual), as in the decoder."""
 
     def __init__(self, book: WeightBook, stem: str, vision: VisionConfig) -> None:
         super().__init__()
-        self.vision = vision
-        width, inner = vision.hidden, vision.out_hidden
-        self.norm1 = RMSNorm(book, f"{stem}.norm1", width, vision.norm_eps)
-        self.attn = _Scope(
-            qkv=Linear(book, f"{stem}.attn.qkv", width, 3 * width, bias=vision.attention_bias),
-            proj=Linear(book, f"{stem}.attn.proj", width, width),
-        )
-        self.norm2 = RMSNorm(book, f"{stem}.norm2", width, vision.norm_eps)
-        self.mlp = SwiGlu(book, f"{stem}.mlp", width, inner)
+        self.norm1 = RMSNorm(book, f"{stem}.norm1", vision.hidden, vision.norm_eps)
+        self.attn = Attention(book, f"{stem}.attn", vision)
+        self.norm2 = RMSNorm(book, f"{stem}.norm2", vision.hidden, vision.norm_eps)
+        self.mlp = SwiGlu(book, f"{stem}.mlp", vision.hidden, vision.out_hidden)
 
     def forward(
         self, op: OpBuilder, branch: ir.Value | None, residual: ir.Value, cos: ir.Value, sin: ir.Value
@@ -51,15 +76,8 @@ class Block(nn.Module):
             h = self.norm1(op, residual)
         else:
             h, residual = self.norm1(op, branch, residual)
-        h, residual = self.norm2(op, self.attn(op, self._attend, h, cos, sin), residual)
+        h, residual = self.norm2(op, self.attn(op, h, cos, sin), residual)
         return self.mlp(op, h), residual
-
-    def _attend(self, op: OpBuilder, scope: _Scope, x: ir.Value, cos: ir.Value, sin: ir.Value) -> ir.Value:
-        heads = self.vision.heads
-        q, k, v = op.Split(scope.qkv(op, x), num_outputs=3, axis=-1, _outputs=3)
-        q, k = (op.RotaryEmbedding(part, cos, sin, interleaved=0, num_heads=heads) for part in (q, k))
-        y = op.MultiHeadAttention(q, k, v, num_heads=heads, scale=self.vision.head_dim**-0.5, **CONTRIB)
-        return scope.proj(op, y)
 
 
 class SwiGlu(nn.Module):
@@ -104,15 +122,17 @@ class PositionTable(nn.Module):
     def forward(self, op: OpBuilder, rows: ir.Value, columns: ir.Value) -> ir.Value:
         """rows, columns (1,) int64 -> (rows, columns, width) float32, in reading order.
 
-        Bicubic sampling is separable: A_h (rows, side) and A_w (columns, side) hold each cell's weights, and the table is
-        multiplied from both sides.
+        Bicubic sampling is separable: A_h (rows, side) and A_w (columns, side) hold each cell's weights, and
+        the table is multiplied from both sides.
         """
-        along_rows = op.MatMul(self._taps(op, rows), op.Reshape(self.weight, [self.side, self.side * self.width]))
+        along_rows = op.MatMul(
+            self._taps(op, rows), op.Reshape(self.weight, [self.side, self.side * self.width])
+        )
         cells = op.Reshape(along_rows, [-1, self.side, self.width])  # (rows, side, width)
         return op.MatMul(self._taps(op, columns), cells)
 
     def _taps(self, op: OpBuilder, count: ir.Value) -> ir.Value:
-        """Sampling weights (count, side) of cells (i + 0.5) / count * side - 0.5, the border repeated outwards."""
+        """Weights (count, side) of the places (i + 0.5) / count * side - 0.5; the border repeats outwards."""
         side, margin = self.side, 2
         index = op.Cast(op.Range(0, op.Squeeze(count), 1), to=ir.DataType.FLOAT)
         scale = op.Div(float(side), op.Cast(count, to=ir.DataType.FLOAT))
@@ -124,6 +144,30 @@ class PositionTable(nn.Module):
         return op.MatMul(_cubic(op, distance), constant(op, fold))
 
 
+class PatchEmbed(nn.Module):
+    """Pixels of a patch, all frames, to its first hidden state: the checkpoint's convolution as a matrix."""
+
+    def __init__(self, book: WeightBook, stem: str, vision: VisionConfig) -> None:
+        super().__init__()
+        self.proj = Linear(book, f"{stem}.proj", patch_width(vision), vision.hidden, bias=True)
+
+    def forward(self, op: OpBuilder, pixels: ir.Value) -> ir.Value:
+        """(P, patch) -> (P, hidden)."""
+        return self.proj(op, pixels)
+
+
+class Embeddings(nn.Module):
+    """Holds the position table under the checkpoint's name."""
+
+    def __init__(self, book: WeightBook, stem: str, vision: VisionConfig) -> None:
+        super().__init__()
+        self.position_embedding = PositionTable(book, f"{stem}.position_embedding", vision)
+
+    def forward(self, op: OpBuilder, rows: ir.Value, columns: ir.Value) -> ir.Value:
+        """rows, columns (1,) -> (rows, columns, hidden) float32."""
+        return self.position_embedding(op, rows, columns)
+
+
 class Visual(nn.Module):
     """The whole tower, under the checkpoint's name."""
 
@@ -131,11 +175,8 @@ class Visual(nn.Module):
         super().__init__(STEM)
         self.vision = vision
         width, merge = vision.hidden, vision.merge_size
-        patch = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-        self.patch_embed = _Scope(proj=Linear(book, f"{STEM}.patch_embed.proj", patch, width, bias=True))
-        self.embeddings = _Scope(
-            position_embedding=PositionTable(book, f"{STEM}.embeddings.position_embedding", vision)
-        )
+        self.patch_embed = PatchEmbed(book, f"{STEM}.patch_embed", vision)
+        self.embeddings = Embeddings(book, f"{STEM}.embeddings", vision)
         self.post_conv_layernorm = RMSNorm(book, f"{STEM}.post_conv_layernorm", width, vision.norm_eps)
         self.blocks = nn.ModuleList([Block(book, f"{STEM}.blocks.{i}", vision) for i in range(vision.depth)])
         self.post_layernorm = RMSNorm(book, f"{STEM}.post_layernorm", width, vision.norm_eps)
@@ -155,9 +196,8 @@ class Visual(nn.Module):
         rows, columns = (op.Reshape(op.Gather(grid, axis, axis=1), [1]) for axis in (1, 2))
         block_major = _BlockOrder(op, rows, columns, merge)
         cos, sin = self._rotary(op, block_major, rows, columns, dtype)
-        x = self.patch_embed(op, lambda op, scope, x: scope.proj(op, x), op.Cast(pixels, to=dtype))
-        x = self.post_conv_layernorm(op, x)
-        table = self.embeddings(op, lambda op, scope, *args: scope.position_embedding(op, *args), rows, columns)
+        x = self.post_conv_layernorm(op, self.patch_embed(op, op.Cast(pixels, to=dtype)))
+        table = self.embeddings(op, rows, columns)
         places = op.Cast(block_major.cells(op, table, vision.hidden), to=dtype)
         branch, residual = None, op.Unsqueeze(op.Add(x, places), [0])  # (1, P, hidden)
         for block in self.blocks:
@@ -169,7 +209,7 @@ class Visual(nn.Module):
     def _rotary(
         self, op: OpBuilder, order: _BlockOrder, rows: ir.Value, columns: ir.Value, dtype: ir.DataType
     ) -> tuple[ir.Value, ir.Value]:
-        """Cosines and sines (1, P, head_dim / 2): the first half of the angles by row, the second by column."""
+        """Cosines and sines (1, P, head_dim / 2): half of the angles by row, the other half by column."""
         spatial = self.vision.head_dim // 2
         frequencies = 1.0 / self.vision.rope_theta ** (np.arange(0, spatial, 2, dtype=np.float32) / spatial)
         own = constant(op, frequencies.astype(np.float32))
@@ -183,23 +223,13 @@ class Visual(nn.Module):
         return op.Cast(op.Cos(angle), to=dtype), op.Cast(op.Sin(angle), to=dtype)
 
 
-class _Scope(nn.Module):
-    """A level of names without a computation of its own; the caller passes what to do with its children."""
-
-    def __init__(self, **children: nn.Module) -> None:
-        super().__init__()
-        for name, child in children.items():
-            setattr(self, name, child)
-
-    def forward(self, op: OpBuilder, compute, *args):  # type: ignore[no-untyped-def]
-        return compute(op, self, *args)
-
-
 class _BlockOrder:
     """Reorders a (rows, columns, ...) grid so that the patches of a merge block follow one another."""
 
     def __init__(self, op: OpBuilder, rows: ir.Value, columns: ir.Value, merge: int) -> None:
-        self._shape = op.Concat(op.Div(rows, [merge]), [merge], op.Div(columns, [merge]), [merge], [-1], axis=0)
+        self._shape = op.Concat(
+            op.Div(rows, [merge]), [merge], op.Div(columns, [merge]), [merge], [-1], axis=0
+        )
 
     def cells(self, op: OpBuilder, grid: ir.Value, width: int) -> ir.Value:
         """(rows, columns[, width]) -> (P, width)."""
@@ -217,19 +247,23 @@ def _cubic(op: OpBuilder, distance: ir.Value) -> ir.Value:
     return op.Where(op.LessOrEqual(distance, 1.0), near, op.Where(op.Less(distance, 2.0), far, 0.0))
 
 
+def patch_width(vision: VisionConfig) -> int:
+    """Values of one patch: channels, frames, rows and columns."""
+    return vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+
+
 def plan_vision(config: ModelConfig, recipe: Recipe) -> PartPlan:
     """Graph and weight plan of the vision tower."""
     vision = config.vision
     book = WeightBook(recipe)
     visual = Visual(book, vision)
     dtype = IR_DTYPES[book.dtype]
-    patch = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-    inputs = [
-        ("pixel_values", ir.DataType.FLOAT, ["patches", patch]),
+    inputs: Signature = [
+        ("pixel_values", ir.DataType.FLOAT, ["patches", patch_width(vision)]),
         ("image_grid_thw", ir.DataType.INT64, [1, 3]),
     ]
 
-    def trace(builder: GraphBuilder, op: OpBuilder, values: list[ir.Value]):  # type: ignore[no-untyped-def]
+    def trace(builder: GraphBuilder, op: OpBuilder, values: list[ir.Value]) -> Outputs:
         features = visual(op, *values, dtype)
         return [("image_features", features, dtype, ["image_tokens", vision.out_hidden])]
 

@@ -131,7 +131,11 @@ def _absolute(layers: str, depth: int) -> str:
     count = min(count, depth)
     spans = []
     if match[1] in ("first", "outer"):
-        spans.append(f"0-{count - 1}")
+        spans.append(_span(0, count - 1))
     if match[1] in ("last", "outer"):
-        spans.append(f"{depth - count}-{depth - 1}")
+        spans.append(_span(depth - count, depth - 1))
     return ",".join(spans)
+
+
+def _span(first: int, last: int) -> str:
+    return str(first) if first == last else f"{first}-{last}"

@@ -201,7 +201,9 @@ def _why_no_manifest(folder: Path) -> str:
     names = {entry.name for entry in folder.iterdir()}
     weights = (".safetensors", ".safetensors.index.json")
     if any(name.endswith(weights) or name.startswith("pytorch_model") for name in names):
-        return f"{folder} is a checkpoint, not a bundle; run `autoglm export {folder} OUTPUT` and open OUTPUT"
+        return (
+            f"{folder} is a checkpoint, not a bundle; run `autoglm export {folder} -o OUTPUT` and open OUTPUT"
+        )
     if not names:
         return f"{folder} is empty, not a bundle; make one with `autoglm export`"
     return f"{folder} has no {MANIFEST_NAME}, so it is not a bundle; make one with `autoglm export`"

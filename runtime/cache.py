@@ -1,7 +1,8 @@
 """KV cache of one sequence: buffers of fixed length, allocated once, written in place by the decoder.
 
-In: shapes from the manifest. Out: the values that are bound to the decoder as past and present alike. Knows nothing of
-tokens. Memory is touched as the sequence grows, so a long context costs address space, not RAM, until it is used.
+In: shapes from the manifest. Out: the values that are bound to the decoder as past and present alike. Knows
+nothing of tokens. Memory is touched as the sequence grows, so a long context costs address space, not RAM,
+until it is used.
 """
 
 from __future__ import annotations

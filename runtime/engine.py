@@ -2,7 +2,8 @@
 
     messages ─ prompt (template, images, positions) ─ prefill in chunks ─ sample ─ decode … ─ deltas of text
 
-In: a bundle. Out: `Delta`s, logits or token ids. Knows no model family, no HTTP and no files beside the bundle.
+In: a bundle. Out: `Delta`s, logits or token ids. Knows no model family, no HTTP and no files beside the
+bundle.
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ from .answer import Delta, FinishReason, Timings, Usage
 from .bundle import Bundle
 from .messages import read_messages
 from .model import Model
-from .prompt import ImageLayout, Prompt, build_prompt, prompt_from_ids
+from .prompt import Prompt, build_prompt, prompt_from_ids, prompt_ids
 from .sampling import Sampler, SamplingParams
 from .session import Device, SessionOptions
 from .stops import StopText
-from .template import ChatTemplate
+from .template import ChatTemplate, ImageLayout
 from .tokenizer import StreamDecoder, Tokenizer
 
 DEFAULT_CONTEXT = 25480
@@ -66,8 +67,8 @@ class Engine:
             bundle: opened bundle.
             options: device and threads.
             context: tokens to hold; default the model's, at most DEFAULT_CONTEXT.
-            image_layout: "plain" puts text right after an image, as the checkpoint's template does; "newline" puts a
-                newline between them, as vLLM's string content format does.
+            image_layout: "plain" puts text right after an image, as the checkpoint's template does; "newline"
+                puts a newline between them, as vLLM's string content format does.
             max_image_tokens: lowers the pixel budget of the bundle for this engine.
 
         Raises:
@@ -80,7 +81,9 @@ class Engine:
         if not 1 <= self.context <= limit:
             raise RequestError(f"context is {context}, but this model has positions for 1 to {limit} tokens")
         self.image_layout: ImageLayout = image_layout
-        self.image = manifest.image if max_image_tokens is None else manifest.image.with_max_tokens(max_image_tokens)
+        self.image = (
+            manifest.image if max_image_tokens is None else manifest.image.with_max_tokens(max_image_tokens)
+        )
         self.tokenizer = Tokenizer.from_folder(bundle.path)
         self.template = ChatTemplate.from_folder(bundle.path)
         self._model = Model(bundle, options or SessionOptions())
@@ -116,15 +119,22 @@ class Engine:
     def __enter__(self) -> Engine:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def close(self) -> None:
         """Free sessions and cache. The engine cannot be used afterwards."""
         del self._model, self._cache
 
-    def prompt(self, messages: Sequence[Mapping[str, Any]]) -> Prompt:
-        """Messages as the model will see them: ids, patched images and positions."""
+    def prompt(self, messages: Sequence[Mapping[str, Any]], *, max_tokens: int = 1) -> Prompt:
+        """Messages as the model will see them: ids, patched images and positions.
+
+        Raises:
+            RequestError: a message or an image is wrong.
+            ContextLengthError: no room for `max_tokens` more; known before an image is resized.
+        """
         return build_prompt(
             read_messages(messages),
             tokenizer=self.tokenizer,
@@ -132,11 +142,20 @@ class Engine:
             image=self.image,
             tokens=self.bundle.manifest.tokens,
             image_layout=self.image_layout,
+            context=self.context,
+            max_tokens=max_tokens,
         )
 
     def tokenize(self, messages: Sequence[Mapping[str, Any]]) -> NDArray[np.int64]:
         """Token ids (T,) of a conversation, image placeholders expanded, up to where the answer begins."""
-        return self.prompt(messages).ids
+        return prompt_ids(
+            read_messages(messages),
+            tokenizer=self.tokenizer,
+            template=self.template,
+            image=self.image,
+            tokens=self.bundle.manifest.tokens,
+            image_layout=self.image_layout,
+        )
 
     def chat(
         self,
@@ -157,8 +176,9 @@ class Engine:
     ) -> Iterator[Delta]:
         """Answer a conversation; greedy unless a temperature is given.
 
-        Everything that can be wrong with the request is found before the iterator is returned, so an error comes from this
-        call and not from the first step. Closing the iterator, or setting `cancel`, ends the work within one decoder run.
+        Everything that can be wrong with the request is found before the iterator is returned, so an error
+        comes from this call and not from the first step. Closing the iterator, or setting `cancel`, ends the
+        work within one decoder run.
 
         Args:
             messages: OpenAI-style, images as PIL, bytes, path or data URI.
@@ -194,14 +214,15 @@ class Engine:
         if max_tokens is not None and max_tokens < 1:
             raise RequestError(f"max_tokens is {max_tokens}, must be at least 1")
         stops = StopText((*GUARD_STOPS, *([stop] if isinstance(stop, str) else stop)))
-        prompt = self.prompt(messages)
-        self._check_fits(len(prompt.ids), max_tokens or 1)
+        prompt = self.prompt(messages, max_tokens=max_tokens or 1)
         sampler = Sampler(params, vocab=self.tokenizer.vocab_size, prompt_ids=prompt.ids)
         budget = max_tokens or self.context - len(prompt.ids)
         return self._answer(prompt, sampler, stops, budget, cancel or threading.Event(), clock)
 
     def score(
-        self, input_ids: Sequence[int] | NDArray[np.int64], images: Sequence[Image.Image | bytes | str | Path] = ()
+        self,
+        input_ids: Sequence[int] | NDArray[np.int64],
+        images: Sequence[Image.Image | bytes | str | Path] = (),
     ) -> NDArray[np.float32]:
         """Logits (T, V) of every position of a given sequence.
 
@@ -218,11 +239,17 @@ class Engine:
         )
         vocab = self.bundle.manifest.geometry.vocab
         if not 0 <= prompt.ids.min() <= prompt.ids.max() < vocab:
-            raise RequestError(f"input_ids range from {prompt.ids.min()} to {prompt.ids.max()}, the model knows 0 to {vocab - 1}")
-        self._check_fits(len(prompt.ids), 0)
+            raise RequestError(
+                f"input_ids range from {prompt.ids.min()} to {prompt.ids.max()}, "
+                f"the model knows 0 to {vocab - 1}"
+            )
+        if len(prompt.ids) > self.context:
+            raise ContextLengthError(len(prompt.ids), 0, self.context)
         with self._claim():
             features = self._encode(prompt)
-            return np.concatenate(list(self._prefill(prompt, features, SCORE_CHUNK, threading.Event(), keep=0)))
+            return np.concatenate(
+                list(self._prefill(prompt, features, SCORE_CHUNK, threading.Event(), keep=0))
+            )
 
     def _answer(
         self,
@@ -236,14 +263,15 @@ class Engine:
         """Prefill, then sample and decode until something ends it. The last delta carries the counts."""
         eos = frozenset(self.bundle.manifest.tokens.eos)
         decoder = StreamDecoder(self.tokenizer)
-        text, ids, sampled = "", (), 0
+        text, sampled = "", 0
+        ids: tuple[int, ...] = ()
         reason: FinishReason | None = None
         with self._claim():
             features = self._encode(prompt)
             clock.images_done()
             logits = None
-            for logits in self._prefill(prompt, features, PREFILL_CHUNK, cancel, keep=1):
-                pass
+            for scored in self._prefill(prompt, features, PREFILL_CHUNK, cancel, keep=1):
+                logits = scored
             clock.prefill_done()
             while reason is None:
                 if cancel.is_set() or logits is None:
@@ -262,8 +290,10 @@ class Engine:
                     break
                 yield Delta(text, ids)
                 position = np.full((3, 1), prompt.next_position + sampled - 1, np.int64)
-                logits = self._model.forward(self._model.embed(np.array(ids, np.int64)), position, self._cache)
-        usage = Usage(len(prompt.ids), sum(image.tokens for image in prompt.images), sampled)
+                logits = self._model.forward(
+                    self._model.embed(np.array(ids, np.int64)), position, self._cache
+                )
+        usage = Usage(len(prompt.ids), prompt.image_tokens, sampled)
         yield Delta(text + _rest(decoder, stops), ids, reason, usage, clock.timings(len(prompt.ids), sampled))
 
     def _encode(self, prompt: Prompt) -> NDArray[np.floating] | None:
@@ -280,7 +310,7 @@ class Engine:
         cancel: threading.Event,
         keep: int,
     ) -> Iterator[NDArray[np.float32]]:
-        """Fill an empty cache chunk by chunk; yields the logits of each chunk's last position, or of all (keep=0)."""
+        """Fill an empty cache chunk by chunk; yields logits of each chunk's last position, or all (0)."""
         self._cache.clear()
         is_image = prompt.ids == self.bundle.manifest.tokens.image
         used = 0
@@ -295,15 +325,13 @@ class Engine:
                 self._model.embed(prompt.ids[part], own), prompt.positions[:, part], self._cache, keep
             )
 
-    def _check_fits(self, prompt_tokens: int, max_tokens: int) -> None:
-        if prompt_tokens + max_tokens > self.context:
-            raise ContextLengthError(prompt_tokens, max_tokens, self.context)
-
     @contextmanager
     def _claim(self) -> Iterator[None]:
         """Hold the cache for one sequence."""
         if not self._busy.acquire(blocking=False):
-            raise RequestError("this engine is giving another answer; finish or close that one, or load a second engine")
+            raise RequestError(
+                "this engine is giving another answer; finish or close that one, or load a second engine"
+            )
         try:
             yield
         finally:

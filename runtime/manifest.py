@@ -89,7 +89,9 @@ class Geometry:
     def __post_init__(self) -> None:
         for item in dataclasses.fields(self):
             if getattr(self, item.name) < 1:
-                raise BundleError(f"{MANIFEST_NAME}: geometry.{item.name} is {getattr(self, item.name)}, must be at least 1")
+                raise BundleError(
+                    f"{MANIFEST_NAME}: geometry.{item.name} is {getattr(self, item.name)}, must be at least 1"
+                )
 
 
 @dataclass(frozen=True)
@@ -141,7 +143,9 @@ class ImageSpec:
         """
         least = -(-self.min_pixels // self.pixels_per_token)
         if tokens < least:
-            raise RequestError(f"max_image_tokens is {tokens}, but this model's smallest picture needs {least}")
+            raise RequestError(
+                f"max_image_tokens is {tokens}, but this model's smallest picture needs {least}"
+            )
         return dataclasses.replace(self, max_pixels=tokens * self.pixels_per_token)
 
 
@@ -220,11 +224,13 @@ class Manifest:
     def __post_init__(self) -> None:
         if self.format_version != FORMAT_VERSION:
             raise BundleError(
-                f"{MANIFEST_NAME} has format version {self.format_version}, this release reads {FORMAT_VERSION}; "
-                "export the checkpoint again with this release"
+                f"{MANIFEST_NAME} has format version {self.format_version}, this release reads "
+                f"{FORMAT_VERSION}; export the checkpoint again with this release"
             )
         if set(self.parts) != set(PART_NAMES):
-            raise BundleError(f"{MANIFEST_NAME} lists the parts {sorted(self.parts)}, must be {sorted(PART_NAMES)}")
+            raise BundleError(
+                f"{MANIFEST_NAME} lists the parts {sorted(self.parts)}, must be {sorted(PART_NAMES)}"
+            )
         for name in (self.activations, self.kv_dtype):
             if name not in ("float32", "float16"):
                 raise BundleError(f"{MANIFEST_NAME} names the dtype {name!r}, must be float32 or float16")
@@ -234,7 +240,9 @@ class Manifest:
         for name, part in self.parts.items():
             for path in (part.graph, part.data):
                 if path not in paths:
-                    raise BundleError(f"{MANIFEST_NAME}: part {name} needs {path}, which is not among its files")
+                    raise BundleError(
+                        f"{MANIFEST_NAME}: part {name} needs {path}, which is not among its files"
+                    )
 
     @property
     def total_bytes(self) -> int:
@@ -255,7 +263,9 @@ class Manifest:
         try:
             document = json.loads(text)
         except ValueError as error:
-            raise BundleError(f"{MANIFEST_NAME} is not JSON ({error}); export the checkpoint again") from error
+            raise BundleError(
+                f"{MANIFEST_NAME} is not JSON ({error}); export the checkpoint again"
+            ) from error
         manifest = _build(cls, document, MANIFEST_NAME)
         assert isinstance(manifest, Manifest)
         return manifest
@@ -269,7 +279,9 @@ def _build(kind: Any, value: Any, where: str) -> Any:
     if origin is tuple:
         inner = typing.get_args(kind)
         if not isinstance(value, list) or (inner[-1] is not ... and len(value) != len(inner)):
-            raise BundleError(f"{where} is {value!r}, must be a list" + ("" if inner[-1] is ... else f" of {len(inner)}"))
+            raise BundleError(
+                f"{where} is {value!r}, must be a list" + ("" if inner[-1] is ... else f" of {len(inner)}")
+            )
         return tuple(_build(inner[0], item, f"{where}[{index}]") for index, item in enumerate(value))
     if origin is dict:
         if not isinstance(value, dict):

@@ -42,7 +42,9 @@ class Model:
         features: NDArray[np.floating] = self._vision.run(None, feeds, self._shrink)[0]
         return features
 
-    def embed(self, ids: NDArray[np.int64], features: NDArray[np.floating] | None = None) -> NDArray[np.floating]:
+    def embed(
+        self, ids: NDArray[np.int64], features: NDArray[np.floating] | None = None
+    ) -> NDArray[np.floating]:
         """(T,) ids and (N, C) features of their image placeholders -> (1, T, C)."""
         if features is None:
             features = np.zeros((0, self.bundle.manifest.geometry.hidden), self.dtype)
@@ -73,7 +75,10 @@ class Model:
             "position_ids": positions[:, None],
             "num_logits_to_keep": np.array(keep, np.int64),
         }
-        feeds = {name: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
+        feeds = {
+            name: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
+            for name, array in arrays.items()
+        }
         shape = [1, min(keep, tokens) or tokens, self.bundle.manifest.geometry.vocab]
         logits = ort.OrtValue.ortvalue_from_shape_and_type(shape, np.float32, "cpu", 0)
         run_in_place(

@@ -85,7 +85,9 @@ def run_in_place(
 
     An `IOBinding` would do the same, but it refuses inputs that have a default in the graph.
     """
-    devices = [ort.OrtDevice.make(value.device_name().lower(), 0)._get_c_device() for value in fetches.values()]
+    devices = [
+        ort.OrtDevice.make(value.device_name().lower(), 0)._get_c_device() for value in fetches.values()
+    ]
     session.run_with_ortvaluevector(
         options or ort.RunOptions(), list(feeds), _vector(feeds), list(fetches), _vector(fetches), devices
     )

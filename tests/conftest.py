@@ -88,4 +88,6 @@ def pictures() -> list[Image.Image]:
     """Three pictures of different sizes: portrait, landscape, and one that is scaled down."""
     rng = np.random.default_rng(7)
     sizes = [(126, 210), (180, 90), (700, 1200)]
-    return [Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)) for width, height in sizes]
+    return [
+        Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)) for width, height in sizes
+    ]

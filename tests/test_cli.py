@@ -181,7 +181,7 @@ def test_the_last_line_is_a_document_with_the_action_in_both_scales(engine, bund
 
 def test_options_reach_the_engine_only_if_they_were_given(engine, bundle):
     invoke("run", bundle, "hi")
-    assert engine.chats[0].options == {"stop": (), "cancel": None}
+    assert engine.chats[0].options == {"stop": (), "cancel": None, "max_tokens": 3000}
     assert engine.loads[0]["device"] == "cpu"
 
     engine.answers.append("x")
@@ -199,6 +199,16 @@ def test_options_reach_the_engine_only_if_they_were_given(engine, bundle):
     loaded = engine.loads[1]
     assert (loaded["context"], loaded["threads"], loaded["image_layout"]) == (4096, 2, "newline")
     assert loaded["max_image_tokens"] == 100
+
+
+def test_without_max_tokens_a_small_context_is_used_up_rather_than_refused(engine, bundle):
+    engine.answers = [ContextLengthError(1000, 3000, 2048), "fits"]
+
+    assert invoke("run", bundle, "hi").stdout == "fits\n"
+    assert "max_tokens" not in engine.chats[1].options
+
+    engine.answers = [ContextLengthError(1000, 3000, 2048)]
+    assert invoke("run", bundle, "hi", "--max-tokens", 3000).exit_code == 1
 
 
 def test_an_action_is_drawn_on_the_last_picture(engine, bundle, screen, tmp_path):
@@ -407,7 +417,8 @@ def test_without_a_model_the_pocket_model_is_exported_and_the_output_says_so(pip
 
 def test_export_options_reach_the_pipeline(pipeline, tmp_path):
     result = invoke(
-        "export", "zai-org/AutoGLM-Phone-9B", "--int8", "-o", tmp_path / "x", "--block-size", 32, "--symmetric",
+        "export", "zai-org/AutoGLM-Phone-9B", "--int8", "-o", tmp_path / "x", "--block-size", 32,
+        "--symmetric",
         "--max-image-tokens", 600, "--activations", "float16", "--accuracy-level", 0, "--revision", "abc",
         "--resume", "--force",
     )  # fmt: skip
@@ -480,7 +491,7 @@ def test_an_interrupted_export_says_how_to_go_on(monkeypatch):
 
     monkeypatch.setattr(real, "export", interrupt)
 
-    result = invoke("export")
+    result = invoke("export", "zai-org/AutoGLM-Phone-9B")
 
     assert result.exit_code == 130
     assert "run the same command again" in result.stderr
@@ -620,3 +631,40 @@ def test_an_error_that_is_a_bug_is_not_hidden(engine, bundle):
     engine.answers = [ZeroDivisionError("bug")]
 
     assert isinstance(invoke("run", bundle, "hi").exception, ZeroDivisionError)
+
+
+# The real thing
+
+
+@pytest.fixture(scope="module")
+def pocket(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pocket") / "pocket-int4"
+    result = invoke("export", "-o", folder, "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout.splitlines()[-1])["bundle"] == str(folder)
+    return folder
+
+
+@pytest.mark.slow
+def test_the_pocket_model_is_exported_checked_and_asked(pocket, screen):
+    assert invoke("info", pocket, "--verify").exit_code == 0
+
+    result = invoke("run", pocket, "Open the settings", "-i", screen, "--max-tokens", 8, "--json")
+
+    assert result.exit_code == 0, result.output
+    document = json.loads(result.stdout.splitlines()[-1])
+    assert result.stdout.startswith(document["text"])
+    assert 1 <= document["usage"]["completion_tokens"] <= 8
+    assert 1 <= document["usage"]["image_tokens"] < document["usage"]["prompt_tokens"]
+    assert document["timings"]["ttft_ms"] > 0
+    assert document["image_size"] == [200, 400]
+
+
+@pytest.mark.slow
+def test_the_pocket_model_holds_a_conversation(pocket):
+    result = invoke("run", pocket, "--chat", "--max-tokens", 4, input="Hello\nAgain\n")
+
+    assert result.exit_code == 0, result.output
+    counts = [int(line.split()[0]) for line in result.stderr.splitlines() if "prompt tokens" in line]
+    assert len(counts) == 2
+    assert counts[1] > counts[0]

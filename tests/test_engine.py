@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
+
 from autoglm_edge.errors import BundleError, ContextLengthError, DeviceError, RequestError
 from autoglm_edge.runtime.engine import Engine
-from PIL import Image
 
 ASK = [{"role": "user", "content": "open settings"}]
 
@@ -79,7 +80,9 @@ def test_every_end_token_stops_and_stays_out_of_the_text(engine: Engine, end: st
 
 def test_a_closing_answer_tag_spelled_in_ordinary_tokens_is_cut_too(engine: Engine) -> None:
     say(engine, "")
-    spelled = [token for part in ("do() </", "ans", "wer", ">", " more") for token in engine.tokenizer.encode(part)]
+    spelled = [
+        token for part in ("do() </", "ans", "wer", ">", " more") for token in engine.tokenizer.encode(part)
+    ]
     assert engine.tokenizer.decode(spelled) == "do() </answer> more"
     engine._model.ids = spelled
 
@@ -139,7 +142,9 @@ def test_only_the_last_delta_carries_reason_usage_and_timings(engine: Engine) ->
 def test_positions_go_on_after_an_image_where_the_model_expects_them(engine: Engine) -> None:
     model = say(engine, "abc")
     picture = Image.new("RGB", (280, 140))
-    ask = [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": "what"}]}]
+    ask = [
+        {"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": "what"}]}
+    ]
     prompt = engine.prompt(ask)
 
     list(engine.chat(ask))
@@ -197,7 +202,9 @@ def test_without_max_tokens_the_answer_may_fill_the_context(bundle: Path) -> Non
         ({"logit_bias": {10**9: 1.0}}, "logit_bias names the token id 1000000000"),
     ],
 )
-def test_a_bad_option_is_refused_by_the_call_itself(engine: Engine, options: dict[str, Any], words: str) -> None:
+def test_a_bad_option_is_refused_by_the_call_itself(
+    engine: Engine, options: dict[str, Any], words: str
+) -> None:
     with pytest.raises(RequestError, match=words):
         engine.chat(ASK, **options)
 
@@ -255,14 +262,20 @@ def test_a_seed_repeats_an_answer_and_another_one_does_not(engine: Engine) -> No
 
 def test_penalties_act_at_temperature_zero(engine: Engine) -> None:
     plain = [t for d in engine.chat(ASK, max_tokens=40) for t in d.token_ids]
-    fresh = [t for d in engine.chat(ASK, max_tokens=40, presence_penalty=2.0, frequency_penalty=2.0) for t in d.token_ids]
+    fresh = [
+        t
+        for d in engine.chat(ASK, max_tokens=40, presence_penalty=2.0, frequency_penalty=2.0)
+        for t in d.token_ids
+    ]
 
     assert len(set(fresh)) > len(set(plain))
 
 
 def test_a_smaller_image_budget_makes_fewer_tokens(bundle: Path) -> None:
     picture = Image.new("RGB", (700, 1400))
-    ask = [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": "what"}]}]
+    ask = [
+        {"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": "what"}]}
+    ]
 
     with Engine.load(bundle) as usual, Engine.load(bundle, max_image_tokens=20) as small:
         assert small.prompt(ask).images[0].tokens <= 20 < usual.prompt(ask).images[0].tokens
@@ -270,7 +283,9 @@ def test_a_smaller_image_budget_makes_fewer_tokens(bundle: Path) -> None:
 
 def test_the_newline_layout_adds_one_newline_after_the_image(bundle: Path) -> None:
     picture = Image.new("RGB", (140, 140))
-    ask = [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": "what"}]}]
+    ask = [
+        {"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": "what"}]}
+    ]
 
     with Engine.load(bundle) as plain, Engine.load(bundle, image_layout="newline") as newline:
         before, after = plain.prompt(ask).text, newline.prompt(ask).text
@@ -288,7 +303,9 @@ def test_the_newline_layout_adds_one_newline_after_the_image(bundle: Path) -> No
         ({"threads": -1}, DeviceError, "threads is -1"),
     ],
 )
-def test_impossible_loads_are_refused(bundle: Path, options: dict[str, Any], error: type[Exception], words: str) -> None:
+def test_impossible_loads_are_refused(
+    bundle: Path, options: dict[str, Any], error: type[Exception], words: str
+) -> None:
     with pytest.raises(error, match=words):
         Engine.load(bundle, **options)
 

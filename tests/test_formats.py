@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import onnxruntime as ort
 import pytest
@@ -347,3 +349,21 @@ def test_dequantize_refuses_arrays_of_another_format():
     ]:
         with pytest.raises(QuantError, match=r"quantized \w+ (is|have)"):
             dequantize_rows(quantized, fmt, columns)
+
+
+def test_the_bytes_of_the_example_in_the_format_specification():
+    text = (Path(__file__).resolve().parent.parent / "docs" / "bundle.md").read_text(encoding="utf-8")
+    lines = text.partition("```example\n")[2].partition("```")[0].splitlines()
+    wanted = {"data": "", "scales": "", "zero points": ""}
+    for line in lines:
+        wanted[line[:13].strip()] += line[13:]
+    rising = np.arange(16)
+    blocks = [0.5 * rising - 2.5, 0.5 * rising - 2.5, 0.25 * rising, 0 * rising, -0.125 * rising]
+    row = np.concatenate(blocks).astype(np.float32)
+
+    quantized = quantize_rows(row[None], BlockFormat(4, 32, False))
+
+    assert quantized.data.tobytes() == bytes.fromhex(wanted["data"])
+    assert quantized.scales.astype("<f4").tobytes() == bytes.fromhex(wanted["scales"])
+    assert quantized.zero_points.tobytes() == bytes.fromhex(wanted["zero points"])
+    np.testing.assert_array_equal(dequantize_rows(quantized, BlockFormat(4, 32, False), 80)[0], row)

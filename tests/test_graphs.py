@@ -31,7 +31,9 @@ def test_every_graph_passes_the_checker_of_onnx(
 def test_a_decoder_layer_is_sixteen_nodes(
     checkpoint_of: Callable[..., Path], bundle_of: Callable[..., Path]
 ) -> None:
-    graph = onnx.load(bundle_of(checkpoint_of("tiny"), "int4") / "decoder.onnx", load_external_data=False).graph
+    graph = onnx.load(
+        bundle_of(checkpoint_of("tiny"), "int4") / "decoder.onnx", load_external_data=False
+    ).graph
 
     nodes = [node for node in graph.node if "/layers.0/" in node.name]
 
@@ -42,7 +44,9 @@ def test_a_decoder_layer_is_sixteen_nodes(
 def test_graphs_carry_no_weights_and_the_initializers_have_the_checkpoint_names(
     checkpoint_of: Callable[..., Path], bundle_of: Callable[..., Path]
 ) -> None:
-    graph = onnx.load(bundle_of(checkpoint_of("tiny"), "fp32") / "decoder.onnx", load_external_data=False).graph
+    graph = onnx.load(
+        bundle_of(checkpoint_of("tiny"), "fp32") / "decoder.onnx", load_external_data=False
+    ).graph
 
     external = {item.name for item in graph.initializer if item.data_location == onnx.TensorProto.EXTERNAL}
 
@@ -51,7 +55,9 @@ def test_graphs_carry_no_weights_and_the_initializers_have_the_checkpoint_names(
     assert sum(len(item.raw_data) for item in graph.initializer) < 4096
 
 
-def decoder_feeds(decoder: ort.InferenceSession, rng: np.random.Generator, lengths: list[int]) -> dict[str, np.ndarray]:
+def decoder_feeds(
+    decoder: ort.InferenceSession, rng: np.random.Generator, lengths: list[int]
+) -> dict[str, np.ndarray]:
     """Random hidden states, right-padded to the longest row, with an empty cache."""
     shapes = {item.name: item.shape for item in decoder.get_inputs()}
     batch, tokens = len(lengths), max(lengths)

@@ -190,6 +190,19 @@ def test_imports_are_relative_inside_a_folder_and_absolute_across(folder: str) -
     assert wrong == []
 
 
+def test_tests_scripts_and_benchmarks_import_the_folders_by_their_full_name() -> None:
+    files = [
+        file
+        for folder in ("tests", "scripts", "benchmarks", "optimum")
+        for file in (ROOT / folder).rglob("*.py")
+    ]
+
+    wrong = [str(item) for file in files for item in imports_of(file) if item.name.split(".")[0] in FOLDERS]
+
+    assert len(files) > 3
+    assert wrong == []
+
+
 @pytest.mark.parametrize("folder", [*FOLDERS, ""])
 def test_no_product_code_imports_torch_or_transformers(folder: str) -> None:
     assert [str(item) for item in folder_imports(folder) if item.name.split(".")[0] in HEAVY] == []

@@ -1,7 +1,8 @@
 """Our graphs and engine against transformers, in fp32, on random checkpoints of several geometries.
 
-Tolerance: both sides compute in fp32 in another order of summation. Logits here reach about 5; differences stay below 1e-5,
-the limit of 2e-4 leaves room for other CPUs' kernels and is still a hundredth of what bf16 rounding does.
+Tolerance: both sides compute in fp32 in another order of summation. Logits here reach about 5; differences
+stay below 1e-5, the limit of 2e-4 leaves room for other CPUs' kernels and is still a hundredth of what bf16
+rounding does.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ GEOMETRIES = sorted(name for name in SHAPES if not name.startswith("autoglm"))
 
 
 def conversation(pictures: list[Image.Image], images: int) -> list[dict[str, Any]]:
-    """A system prompt, a question with the first pictures, an answer, and a last question with the last picture."""
+    """System prompt, a question with the first pictures, an answer, a last question with the last picture."""
     parts = [{"type": "image", "image": picture} for picture in pictures[: max(0, images - 1)]]
     messages: list[dict[str, Any]] = [
         {"role": "system", "content": "You are a phone agent. 你是手机助手。\n"},
@@ -29,7 +30,10 @@ def conversation(pictures: list[Image.Image], images: int) -> list[dict[str, Any
         {"role": "assistant", "content": '<think>settings</think><answer>do(action="Back")'},
     ]
     last = [{"type": "image", "image": pictures[images - 1]}] if images else []
-    return [*messages, {"role": "user", "content": [*last, {"type": "text", "text": "next step, please 下一步"}]}]
+    return [
+        *messages,
+        {"role": "user", "content": [*last, {"type": "text", "text": "next step, please 下一步"}]},
+    ]
 
 
 @pytest.mark.parametrize("images", [0, 1, 2, 3])

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import struct
+import tempfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -56,7 +58,6 @@ def test_rows_are_the_stored_values_as_float32(dtype: Any, tmp_path: Path) -> No
     rows = store.rows("w", 3, 20)
     assert rows.dtype == np.float32
     assert rows.flags.c_contiguous
-    assert rows.flags.owndata or rows.base.flags.owndata
     np.testing.assert_array_equal(rows, values.astype(np.float32).reshape(37, 15)[3:20])
     np.testing.assert_array_equal(store.rows("w", 0, 37).reshape(37, 5, 3), values.astype(np.float32))
     assert store.dtype("w") == np.dtype(dtype).name
@@ -74,8 +75,6 @@ def test_every_bfloat16_becomes_the_number_it_stands_for(tmp_path: Path) -> None
 @given(data=st.data())
 @settings(max_examples=25, deadline=None)
 def test_permuted_rows_equal_those_of_the_permuted_tensor(dtype: Any, data: st.DataObject) -> None:
-    import tempfile
-
     shape = tuple(data.draw(st.lists(st.integers(1, 5), min_size=1, max_size=4)))
     axes = tuple(data.draw(st.permutations(range(len(shape)))))
     values = np.random.default_rng(1).standard_normal(shape).astype(dtype)
@@ -124,7 +123,7 @@ def test_many_threads_can_read_and_release_at_once(tmp_path: Path) -> None:
         assert all(pool.map(work, range(8)))
 
 
-def test_released_pages_leave_resident_memory(tmp_path: Path) -> None:
+def test_pages_that_were_read_leave_resident_memory(tmp_path: Path) -> None:
     status = Path("/proc/self/status")
     if not status.exists():
         pytest.skip("resident file pages are told by Linux only")
@@ -138,11 +137,11 @@ def test_released_pages_leave_resident_memory(tmp_path: Path) -> None:
     before = resident_file_kib()
     for start in range(0, 1024, 128):
         store.rows("w", start, start + 128)
-    held = resident_file_kib()
+    assert resident_file_kib() - before < 4_000
+    store.rows("w", 0, 1, permute=(1, 0))
+    assert resident_file_kib() - before > 20_000
     store.release("w")
-    after = resident_file_kib()
-    assert held - before > 20_000
-    assert after - before < 2_000
+    assert resident_file_kib() - before < 4_000
 
 
 def test_shards_form_one_store(tmp_path: Path) -> None:
@@ -251,8 +250,6 @@ def test_damage_is_found_when_the_store_opens(case: str, tmp_path: Path) -> None
     header, data, match = DAMAGED[case]
     folder = write(tmp_path / SINGLE_NAME, header, data)
     message = refusal(folder)
-    import re
-
     assert re.search(match, message), message
     assert SINGLE_NAME in message
 
@@ -385,5 +382,5 @@ def test_a_closed_store_lets_its_file_go(tmp_path: Path) -> None:
     store = TensorStore.open(make_checkpoint(tmp_path))
     store.rows("lm_head.weight", 0, 4)
     store.close()
-    with pytest.raises(ValueError, match="closed"):
+    with pytest.raises(CheckpointError, match="was closed"):
         store.rows("lm_head.weight", 0, 4)

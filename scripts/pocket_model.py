@@ -1,0 +1,306 @@
+"""Weights of the pocket model and the batched forward used to train them.
+
+In: resized screens and packed token rows (see `pocket_rows`). Out: logits, losses, optimizers. The forward
+runs over the modules of `Glm4vForConditionalGeneration` itself, so `save_pretrained` stores what was
+trained; it only assumes that all images of a batch have one size. This module knows nothing of what the
+labels mean.
+
+Shapes: B screens, P patches, N image tokens (P / 4), L row length, C text width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from pocket_tokenizer import STOP_TOKENS, TOKEN_IDS, VOCABULARY_SIZE
+from torch import Tensor, nn
+from transformers import Glm4vConfig, Glm4vForConditionalGeneration
+
+PATCH = 14
+IMAGE_HEIGHT, IMAGE_WIDTH = 364, 168
+GRID = (IMAGE_HEIGHT // PATCH, IMAGE_WIDTH // PATCH)
+CELLS = (GRID[0] // 2, GRID[1] // 2)
+NUM_CELLS = CELLS[0] * CELLS[1]
+
+
+def make_config() -> Glm4vConfig:
+    """Configuration of the pocket model: the real architecture at about 1/2700 of its size."""
+    stops = [TOKEN_IDS[token] for token in STOP_TOKENS]
+    return Glm4vConfig(
+        architectures=["Glm4vForConditionalGeneration"],
+        text_config={
+            "vocab_size": VOCABULARY_SIZE,
+            "hidden_size": 192,
+            "intermediate_size": 512,
+            "num_hidden_layers": 5,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 32768,
+            "attention_bias": True,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 10000.0,
+                "partial_rotary_factor": 0.5,
+                "mrope_section": [4, 4, 4],
+            },
+            "pad_token_id": TOKEN_IDS["<|endoftext|>"],
+            "eos_token_id": stops,
+            "dtype": "bfloat16",
+        },
+        vision_config={
+            "depth": 4,
+            "hidden_size": 128,
+            "num_heads": 4,
+            "out_hidden_size": 192,
+            "intermediate_size": 384,
+            "image_size": 336,
+            "patch_size": PATCH,
+            "attention_bias": False,
+        },
+        image_token_id=TOKEN_IDS["<|image|>"],
+        video_token_id=TOKEN_IDS["<|video|>"],
+        image_start_token_id=TOKEN_IDS["<|begin_of_image|>"],
+        image_end_token_id=TOKEN_IDS["<|end_of_image|>"],
+        video_start_token_id=TOKEN_IDS["<|begin_of_video|>"],
+        video_end_token_id=TOKEN_IDS["<|end_of_video|>"],
+        tie_word_embeddings=False,
+        pad_token_id=TOKEN_IDS["<|endoftext|>"],
+        eos_token_id=stops,
+        dtype="bfloat16",
+    )
+
+
+def make_model(seed: int) -> Glm4vForConditionalGeneration:
+    """Fresh fp32 weights: fan-in scaled matrices, key projections equal to a query head of their group."""
+    torch.manual_seed(seed)
+    config = make_config()
+    config.dtype = config.text_config.dtype = None
+    model = Glm4vForConditionalGeneration(config).float()
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.Linear | nn.Conv2d | nn.Conv3d):
+                nn.init.normal_(module.weight, std=1 / math.sqrt(module.weight[0].numel()))
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        nn.init.normal_(model.model.language_model.embed_tokens.weight, std=0.5)
+        nn.init.normal_(model.model.visual.embeddings.position_embedding.weight, std=0.3)
+        for layer in model.model.language_model.layers:
+            attention = layer.self_attn
+            heads = attention.q_proj.weight.view(attention.num_heads, attention.head_dim, -1)
+            attention.k_proj.weight.copy_(heads[:: attention.num_key_value_groups].flatten(0, 1))
+            layer.post_self_attn_layernorm.weight.fill_(0.5)
+            layer.post_mlp_layernorm.weight.fill_(0.5)
+    return model
+
+
+class PocketForward(nn.Module):
+    """Batched training forward over the modules of a Glm4v model, plus a head that is thrown away.
+
+    The head predicts from each image token the label class, the four digits of the element centre and the
+    switch state; it gives the vision tower a direct lesson before and while the decoder learns to read it.
+    """
+
+    def __init__(self, model: Glm4vForConditionalGeneration, num_classes: int) -> None:
+        super().__init__()
+        self.model = model
+        self.num_classes = num_classes
+        width = model.config.text_config.hidden_size
+        self.cell_head = nn.Linear(width, num_classes + 4 * 10 + 3)
+        nn.init.normal_(self.cell_head.weight, std=width**-0.5)
+        nn.init.zeros_(self.cell_head.bias)
+        rows, columns = torch.meshgrid(torch.arange(GRID[0]), torch.arange(GRID[1]), indexing="ij")
+        rows, columns = (_block_major(grid) for grid in (rows, columns))  # (P,)
+        table = self._position_weights(rows, columns)
+        visual = model.model.visual
+        cos, sin = visual.rotary_pos_emb(torch.zeros(1), torch.stack((rows, columns), -1))
+        mean = torch.tensor([0.48145466, 0.4578275, 0.40821073]) * 255
+        std = torch.tensor([0.26862954, 0.26130258, 0.27577711]) * 255
+        for name, value in {"table": table, "cos": cos, "sin": sin, "mean": mean, "std": std}.items():
+            self.register_buffer(f"_{name}", value, persistent=False)
+
+    def _position_weights(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """Bicubic weights that take the learned position table to this grid; (P, table entries)."""
+        embeddings = self.model.model.visual.embeddings
+        side = round(embeddings.num_positions**0.5)
+        unit = torch.eye(side * side).view(1, side * side, side, side)
+        grid = torch.stack(((columns + 0.5) / GRID[1], (rows + 0.5) / GRID[0]), -1) * 2 - 1
+        sampled = F.grid_sample(unit, grid[None, :, None], "bicubic", "border", align_corners=False)
+        return sampled[0, :, :, 0].T.contiguous()
+
+    def patches(self, pixels: Tensor) -> Tensor:
+        """Normalised block-major patches of one frame: (B, 364, 168, 3) uint8 to (B, P, 588)."""
+        image = (pixels.float() - self._mean) / self._std
+        batch = image.view(-1, CELLS[0], 2, PATCH, CELLS[1], 2, PATCH, 3)
+        return batch.permute(0, 1, 4, 2, 5, 7, 3, 6).reshape(len(image), GRID[0] * GRID[1], 3 * PATCH * PATCH)
+
+    def see(self, pixels: Tensor) -> Tensor:
+        """Image tokens of a batch of screens: (B, 364, 168, 3) uint8 to (B, N, C)."""
+        visual = self.model.model.visual
+        weight = visual.patch_embed.proj.weight.sum(2).flatten(1)
+        x = F.linear(self.patches(pixels), weight, visual.patch_embed.proj.bias)  # (B, P, vision width)
+        x = _rms(x, visual.post_conv_layernorm)
+        x = x + self._table @ visual.embeddings.position_embedding.weight
+        for block in visual.blocks:
+            x = x + self._vision_attention(_rms(x, block.norm1), block.attn)
+            y = _rms(x, block.norm2)
+            x = x + block.mlp.down_proj(F.silu(block.mlp.gate_proj(y)) * block.mlp.up_proj(y))
+        x = _rms(x, visual.post_layernorm)
+        down = visual.downsample.weight.permute(0, 2, 3, 1).flatten(1)
+        x = F.linear(x.reshape(len(x), NUM_CELLS, -1), down, visual.downsample.bias)  # (B, N, C)
+        merger = visual.merger
+        x = F.gelu(merger.post_projection_norm(merger.proj(x)))
+        return merger.down_proj(F.silu(merger.gate_proj(x)) * merger.up_proj(x))
+
+    def _vision_attention(self, x: Tensor, attention: nn.Module) -> Tensor:
+        batch, patches, width = x.shape
+        qkv = attention.qkv(x).view(batch, patches, 3, attention.num_heads, attention.head_dim)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, P, D)
+        cos, sin = self._cos.to(x.dtype), self._sin.to(x.dtype)
+        q, k = (
+            part * cos + torch.cat((-part.chunk(2, -1)[1], part.chunk(2, -1)[0]), -1) * sin for part in (q, k)
+        )
+        scores = (q * attention.scaling) @ k.transpose(-1, -2)
+        mixed = torch.softmax(scores, -1) @ v
+        return attention.proj(mixed.transpose(1, 2).reshape(batch, patches, width))
+
+    def read(self, embeds: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
+        """Decoder over packed rows.
+
+        Args:
+            embeds: (B, L, C) text embeddings with image tokens in place.
+            positions: (B, 3, L).
+            mask: (B, 1, L, L), true where a token may look.
+
+        Returns:
+            Final hidden states (B, L, C), normalised.
+        """
+        text = self.model.model.language_model
+        cos, sin = text.rotary_emb(embeds, positions.transpose(0, 1))  # (B, L, rotary dims)
+        cos, sin = cos[:, None], sin[:, None]
+        x = embeds
+        for layer in text.layers:
+            attention = layer.self_attn
+            y = _rms(x, layer.input_layernorm)
+            q = _heads(attention.q_proj(y), attention.num_heads)  # (B, H, L, D)
+            k = _heads(attention.k_proj(y), attention.num_key_value_heads)  # (B, K, L, D)
+            v = _heads(attention.v_proj(y), attention.num_key_value_heads)
+            q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
+            k, v = (part.repeat_interleave(attention.num_key_value_groups, 1) for part in (k, v))
+            mixed = F.scaled_dot_product_attention(q, k, v.to(q.dtype), mask)
+            x = x + _rms(attention.o_proj(mixed.transpose(1, 2).flatten(2)), layer.post_self_attn_layernorm)
+            y = _rms(x, layer.post_attention_layernorm)
+            gate, up = layer.mlp.gate_up_proj(y).chunk(2, -1)
+            x = x + _rms(layer.mlp.down_proj(up * F.silu(gate)), layer.post_mlp_layernorm)
+        return _rms(x, text.norm)
+
+    def embed(self, ids: Tensor, image: Tensor, image_start: Tensor) -> Tensor:
+        """Embeddings (B, L, C) of ids (B, L), image tokens (B, N, C) written from `image_start` (B,) on."""
+        embeds = self.model.model.language_model.embed_tokens(ids)
+        places = (image_start[:, None] + torch.arange(NUM_CELLS))[..., None].expand_as(image)
+        return embeds.scatter(1, places, image.to(embeds.dtype))
+
+    def decoder_inputs(self, batch: dict[str, Tensor], image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The three inputs of `read` for a packed batch."""
+        embeds = self.embed(batch["ids"], image, batch["image_start"])
+        return embeds, batch["positions"], row_mask(batch["segments"])
+
+    def logits(self, batch: dict[str, Tensor], answers_only: bool = True) -> tuple[Tensor, Tensor]:
+        """Logits of a packed batch and its image tokens.
+
+        Returns:
+            (answer tokens, V) in row order, or (B, L, V) without `answers_only`; and (B, N, C).
+        """
+        image = self.see(batch["pixels"])
+        hidden = self.read(*self.decoder_inputs(batch, image))
+        if answers_only:
+            hidden = hidden[batch["labels"] >= 0]
+        return self.model.lm_head(hidden), image
+
+    def cell_loss(self, image: Tensor, cells: Tensor) -> Tensor:
+        """Loss of the thrown-away head: image tokens (B, N, C) against cell labels (B, N, 6)."""
+        out, target = self.cell_head(image).float().flatten(0, 1), cells.flatten(0, 1)
+        classes, digits, state = out.split((self.num_classes, 40, 3), -1)
+        loss = F.cross_entropy(classes, target[:, 0])
+        shown = (target[:, 0] != self.num_classes - 1).float()
+        weight = shown / shown.sum().clamp(min=1)
+        for index, part in enumerate(digits.split(10, -1)):
+            loss = loss + 0.5 * (F.cross_entropy(part, target[:, index + 1], reduction="none") * weight).sum()
+        return loss + 0.5 * (F.cross_entropy(state, target[:, 5], reduction="none") * weight).sum()
+
+    def alignment_loss(self, image: Tensor, cells: Tensor, label_tokens: Tensor) -> Tensor:
+        """Pull each image token towards the input embedding of its label's text.
+
+        Args:
+            image: (B, N, C).
+            cells: (B, N, 6) cell labels.
+            label_tokens: (labels, V), row l averages the tokens of label l.
+        """
+        names = label_tokens @ self.model.model.language_model.embed_tokens.weight
+        scores = 16 * F.normalize(image.float(), dim=-1) @ F.normalize(names.float(), dim=-1).T
+        target = cells[..., 0].clone()
+        target[target == self.num_classes - 1] = -100
+        return F.cross_entropy(scores.flatten(0, 1), target.flatten())
+
+
+def row_mask(segments: Tensor) -> Tensor:
+    """Who sees whom in packed rows: (B, L) segments to (B, 1, L, L) bool."""
+    length = segments.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool).tril()
+    same = segments[:, :, None] == segments[:, None, :]
+    prefix = (segments == 0)[:, None, :]
+    return ((same | prefix) & causal)[:, None]
+
+
+def _block_major(grid: Tensor) -> Tensor:
+    return grid.view(CELLS[0], 2, CELLS[1], 2).transpose(1, 2).flatten()
+
+
+def _rms(x: Tensor, norm: nn.Module) -> Tensor:
+    y = x.float()
+    y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon)
+    return norm.weight * y
+
+
+def _heads(x: Tensor, count: int) -> Tensor:
+    return x.unflatten(-1, (count, -1)).transpose(1, 2)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate interleaved pairs of the first dims of (B, H, L, D); cos and sin are (B, 1, L, rotary dims)."""
+    width = cos.shape[-1]
+    turned, rest = x[..., :width], x[..., width:]
+    half = torch.stack((-turned[..., 1::2], turned[..., 0::2]), -1).flatten(-2)
+    return torch.cat((turned * cos.to(x.dtype) + half * sin.to(x.dtype), rest), -1)
+
+
+def make_optimizers(
+    trained: PocketForward, vision_rate: float, text_rate: float, rest_rate: float
+) -> list[torch.optim.Optimizer]:
+    """Muon for the hidden matrices, AdamW for embeddings, head, convolutions, norms and biases.
+
+    Parameters without gradient requirement are left out. The learning rates given are the peak rates.
+    """
+    vision, text, rest = [], [], []
+    for name, parameter in trained.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        is_matrix = parameter.ndim == 2 and not any(
+            part in name for part in ("embed", "lm_head", "cell_head")
+        )
+        (rest if not is_matrix else vision if ".visual." in name else text).append(parameter)
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(rest, lr=rest_rate, betas=(0.9, 0.98), weight_decay=0.0)
+    ]
+    for parameters, rate in ((vision, vision_rate), (text, text_rate)):
+        if parameters:
+            optimizers.append(torch.optim.Muon(parameters, lr=rate, weight_decay=0.05))
+    return optimizers
+
+
+def rate_factor(step: int, steps: int, warm_up: int) -> float:
+    """Share of the peak learning rate at a step: linear warm-up, then cosine to 2 %."""
+    if step < warm_up:
+        return (step + 1) / warm_up
+    return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up)))

@@ -1,0 +1,96 @@
+"""Screens of a training run, drawn once: resized pixels and the labels of every image cell, in memory maps.
+
+In: a seed, a number of screens and a work folder. Out: a `Pool` that gives screen i as uint8 pixels of the
+size the processor would produce and as cell labels. A cell is the 28 x 28 pixel square behind one image
+token. This module knows nothing of questions, tokens or weights.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+from pocket_screens import Screen, make_screen, render
+from pocket_vocabulary import LABELS
+
+PIXELS = (364, 168)
+CELLS = (13, 6)
+NUM_CELLS = CELLS[0] * CELLS[1]
+BACKGROUND = len(LABELS)
+STATES = (None, "on", "off")
+SCALE_WEIGHTS = (75, 15, 10)
+
+_CLASS = {label: index for index, label in enumerate(LABELS)}
+
+
+@dataclass(frozen=True)
+class Pool:
+    """A number of drawn screens.
+
+    `pixels` is (M, 364, 168, 3) uint8. `cells` is (M, 78, 6) int16: label class (or `BACKGROUND`), the digits
+    of the element centre (hundreds and tens of x, then of y, on the 0-999 scale) and the index of its state.
+    """
+
+    seed: str
+    pixels: npt.NDArray[np.uint8]
+    cells: npt.NDArray[np.int16]
+
+    def screen(self, index: int) -> Screen:
+        """Layout of screen `index`, without drawing it."""
+        return make_screen(f"{self.seed}:{index}")
+
+
+def shrink(image: Image.Image) -> npt.NDArray[np.uint8]:
+    """Resize a tall phone screenshot as the image processor does; (364, 168, 3) uint8."""
+    return np.asarray(image.resize(PIXELS[::-1], Image.Resampling.BICUBIC))
+
+
+def cell_labels(screen: Screen) -> npt.NDArray[np.int16]:
+    """Label the image cells of a screen by the element that covers most of each; (78, 6) int16."""
+    labels = np.zeros((*CELLS, 6), np.int16)
+    labels[..., 0] = BACKGROUND
+    best = np.zeros(CELLS)
+    height, width = screen.height / CELLS[0], screen.width / CELLS[1]
+    edges_y, edges_x = np.arange(CELLS[0] + 1) * height, np.arange(CELLS[1] + 1) * width
+    for element in screen.elements:
+        x0, y0, x1, y1 = element.box
+        over_x = np.clip(np.minimum(edges_x[1:], x1) - np.maximum(edges_x[:-1], x0), 0, None)
+        over_y = np.clip(np.minimum(edges_y[1:], y1) - np.maximum(edges_y[:-1], y0), 0, None)
+        cover = over_y[:, None] * over_x[None, :]
+        enough = (cover > 0.25 * width * height) | (cover > 0.4 * (x1 - x0) * (y1 - y0))
+        wins = enough & (cover > best)
+        best[wins] = cover[wins]
+        x, y = int((x0 + x1) / 2 / screen.width * 100 + 0.5), int((y0 + y1) / 2 / screen.height * 100 + 0.5)
+        labels[wins] = (_CLASS[element.label], x // 10, x % 10, y // 10, y % 10, STATES.index(element.state))
+    return labels.reshape(NUM_CELLS, 6)
+
+
+def open_pool(folder: Path, seed: str, size: int, processes: int = 2) -> Pool:
+    """Open the pool of a seed, drawing it first when the folder does not hold it yet.
+
+    Each screen is drawn at one, two or three pixels per dp before it is resized.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    pixels_path, cells_path = folder / f"{seed}-{size}-pixels.npy", folder / f"{seed}-{size}-cells.npy"
+    if not cells_path.exists():
+        pixels = np.lib.format.open_memmap(pixels_path, "w+", np.uint8, (size, *PIXELS, 3))
+        cells = np.zeros((size, NUM_CELLS, 6), np.int16)
+        with multiprocessing.Pool(processes) as workers:
+            jobs = workers.imap(_draw, ((seed, index) for index in range(size)), chunksize=64)
+            for index, (image, labels) in enumerate(jobs):
+                pixels[index], cells[index] = image, labels
+        pixels.flush()
+        np.save(cells_path, cells)
+    return Pool(seed, np.load(pixels_path, mmap_mode="r"), np.load(cells_path))
+
+
+def _draw(job: tuple[str, int]) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int16]]:
+    seed, index = job
+    screen = make_screen(f"{seed}:{index}")
+    scale = random.Random(f"scale:{seed}:{index}").choices((1, 2, 3), SCALE_WEIGHTS)[0]
+    return shrink(render(screen, scale)), cell_labels(screen)
