@@ -19,14 +19,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .forecast import Estimate
-    from .pipeline import ExportOptions, estimate, export
+    from .options import ExportOptions
+    from .pipeline import estimate, export
     from .progress import Progress, ProgressEvent
 
 __all__ = ["Estimate", "ExportOptions", "Progress", "ProgressEvent", "estimate", "export"]
 
 _LAZY = {
     "Estimate": ".forecast",
-    "ExportOptions": ".pipeline",
+    "ExportOptions": ".options",
     "Progress": ".progress",
     "ProgressEvent": ".progress",
     "estimate": ".pipeline",

@@ -8,24 +8,27 @@ not cover, are errors. Knows nothing of weights, and not which model families ex
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from autoglm_edge.errors import CheckpointError
 from autoglm_edge.runtime.manifest import ImageSpec, TokenSpec
 
-CONFIG_NAME = "config.json"
-GENERATION_NAME = "generation_config.json"
-SAMPLING_KEYS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-DEFAULT_MIN_PIXELS = 112 * 112
-DEFAULT_MAX_PIXELS = 28 * 28 * 15000
-"""What transformers' processor takes when its settings name no size; published checkpoints name one."""
-MAX_NUMBER = 1e30
+from .files import CONFIG_NAME, GENERATION_NAME
+from .processor import image_spec
+from .settings import MAX_NUMBER, Settings
+
+SAMPLING_LIMITS = {
+    "temperature": (0.0, 2.0),
+    "top_p": (0.0, 1.0),
+    "top_k": (0.0, MAX_NUMBER),
+    "min_p": (0.0, 1.0),
+    "repetition_penalty": (1e-30, 10.0),
+}
+"""Sampling defaults that are taken over, with the least and most that the runtime can use."""
 MAX_LAYERS = 1000
-"""Bounds against absurd files."""
+"""Bound against absurd files."""
 
 
 @dataclass(frozen=True)
@@ -230,101 +233,25 @@ class ModelConfig:
             raise CheckpointError(
                 f"{CONFIG_NAME} has no vision_config; a model without its vision tower is not supported"
             )
-        texts = _Settings(
+        texts = Settings(
             ((f"{CONFIG_NAME}, text_config,", text or {}), (f"{CONFIG_NAME}, top level,", config))
         )
         return cls(
             text=_text(texts, config),
-            vision=_vision(_Settings(((f"{CONFIG_NAME}, vision_config,", vision),))),
-            image=_image(_Settings(((f"{processor_name}", processor),))),
+            vision=_vision(Settings(((f"{CONFIG_NAME}, vision_config,", vision),))),
+            image=image_spec(Settings(((f"{processor_name}", processor),))),
             tokens=_tokens(config, text or {}, generation),
-            generation=_sampling(_Settings(((GENERATION_NAME, generation),))),
+            generation=_sampling(Settings(((GENERATION_NAME, generation),))),
             source=source,
             config_sha256=config_sha256,
         )
 
 
-@dataclass(frozen=True)
-class _Settings:
-    """JSON objects that may hold the same keys, the first to be asked first; null counts as absent.
-
-    A key that two of them give different values is an error.
-    """
-
-    places: Sequence[tuple[str, Mapping[str, Any]]]
-
-    def find(self, key: str, default: Any = None, *, aliases: tuple[str, ...] = ()) -> Any:
-        found: list[tuple[str, str, Any]] = []
-        for where, values in self.places:
-            found += [(where, name, values[name]) for name in (key, *aliases) if values.get(name) is not None]
-        for where, name, value in found[1:]:
-            if value != found[0][2]:
-                raise CheckpointError(
-                    f"{found[0][0]} gives {found[0][1]} {found[0][2]!r}, but {where} gives {name} {value!r}; "
-                    "make the two agree"
-                )
-        return found[0][2] if found else default
-
-    def integer(self, key: str, default: int, *, least: int = 1) -> int:
-        return self._checked_integer(key, self.find(key, default), least)
-
-    def integer_or_equal_list(self, key: str, default: int) -> int:
-        """An integer that may be written as a list of equal integers."""
-        value = self.find(key, default)
-        if isinstance(value, list) and value:
-            if any(item != value[0] for item in value):
-                raise CheckpointError(f"{self._where} gives {key} {value}; unequal sides are not supported")
-            value = value[0]
-        return self._checked_integer(key, value, 1)
-
-    def number(self, key: str, default: float, *, aliases: tuple[str, ...] = ()) -> float:
-        """A positive finite number."""
-        value = self.find(key, default, aliases=aliases)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= MAX_NUMBER:
-            raise CheckpointError(f"{self._where} gives {key} {value!r}, must be a number above 0")
-        return float(value)
-
-    def flag(self, key: str, default: bool) -> bool:
-        value = self.find(key, default)
-        if not isinstance(value, bool):
-            raise CheckpointError(f"{self._where} gives {key} {value!r}, must be true or false")
-        return value
-
-    def must_be(self, key: str, wanted: str, *, aliases: tuple[str, ...] = ()) -> None:
-        value = self.find(key, wanted, aliases=aliases)
-        if value != wanted:
-            raise CheckpointError(f"{self._where} gives {key} {value!r}; only {wanted!r} is supported")
-
-    def below(self, *keys: str) -> _Settings:
-        """The objects under any of these keys, and then the ones they lie in."""
-        inner: list[tuple[str, Mapping[str, Any]]] = []
-        for where, values in self.places:
-            for key in keys:
-                value = values.get(key)
-                if value is None:
-                    continue
-                if not isinstance(value, dict):
-                    raise CheckpointError(f"{where} gives {key} {value!r}, must be an object")
-                inner.append((f"{where.removesuffix(',')}, {key},", value))
-        return _Settings((*inner, *self.places))
-
-    @property
-    def _where(self) -> str:
-        return self.places[0][0]
-
-    def _checked_integer(self, key: str, value: object, least: int) -> int:
-        if type(value) is not int or value < least:
-            raise CheckpointError(
-                f"{self._where} gives {key} {value!r}, must be an integer of at least {least}"
-            )
-        return value
-
-
-def _text(settings: _Settings, config: Mapping[str, Any]) -> TextConfig:
+def _text(settings: Settings, config: Mapping[str, Any]) -> TextConfig:
     settings.must_be("hidden_act", "silu")
     if not settings.flag("attention_bias", True):
         raise CheckpointError(
-            f"{settings.places[0][0]} gives attention_bias false; this family has biases on q, k and v, and "
+            f"{settings.where} gives attention_bias false; this family has biases on q, k and v, and "
             "a model without them is not supported"
         )
     hidden = settings.integer("hidden_size", 4096)
@@ -337,11 +264,11 @@ def _text(settings: _Settings, config: Mapping[str, Any]) -> TextConfig:
             raise CheckpointError(
                 f"{where} gives {nested} settings of its own; one rope for all layers is supported"
             )
-    rope_type = rope.find("rope_type", "default", aliases=("type",))
+    older = rope.find("type", "default")
+    # Older files also call the default rope of a model with pictures mrope, beside its present name.
+    rope_type = rope.find("rope_type", older, aliases=() if older == "mrope" else ("type",))
     if rope_type != "default":
-        raise CheckpointError(
-            f"{rope.places[0][0]} gives rope_type {rope_type!r}; only 'default' is supported"
-        )
+        raise CheckpointError(f"{rope.where} gives rope_type {rope_type!r}; only 'default' is supported")
     factor = rope.number("partial_rotary_factor", 1.0)
     section = rope.find("mrope_section", [8, 12, 12])
     if (
@@ -349,9 +276,7 @@ def _text(settings: _Settings, config: Mapping[str, Any]) -> TextConfig:
         or len(section) != 3
         or any(type(n) is not int or n < 0 for n in section)
     ):
-        raise CheckpointError(
-            f"{rope.places[0][0]} gives mrope_section {section!r}, must be three numbers of pairs"
-        )
+        raise CheckpointError(f"{rope.where} gives mrope_section {section!r}, must be three numbers of pairs")
     return TextConfig(
         hidden=hidden,
         layers=settings.integer("num_hidden_layers", 40),
@@ -387,14 +312,14 @@ def _tied(config: Mapping[str, Any]) -> bool:
     return bool(outer or inner)
 
 
-def _vision(settings: _Settings) -> VisionConfig:
+def _vision(settings: Settings) -> VisionConfig:
     settings.must_be("hidden_act", "silu")
     hidden = settings.integer("hidden_size", 1536)
     heads = settings.integer("num_heads", 12)
     rope = settings.below("rope_parameters")
     rope_type = rope.find("rope_type", "axial", aliases=("type",))
     if rope_type not in ("axial", "default"):  # "default" was written before the kind had a name
-        raise CheckpointError(f"{rope.places[0][0]} gives rope_type {rope_type!r}; only 'axial' is supported")
+        raise CheckpointError(f"{rope.where} gives rope_type {rope_type!r}; only 'axial' is supported")
     return VisionConfig(
         hidden=hidden,
         depth=settings.integer("depth", 24),
@@ -413,73 +338,9 @@ def _vision(settings: _Settings) -> VisionConfig:
     )
 
 
-def _image(settings: _Settings) -> ImageSpec:
-    name, values = settings.places[0]
-    kind = settings.find("image_processor_type", "Glm4vImageProcessor")
-    if not isinstance(kind, str) or not kind.startswith("Glm4vImageProcessor"):
-        raise CheckpointError(
-            f"{name} gives image_processor_type {kind!r}; only Glm4vImageProcessor is supported"
-        )
-    if not settings.flag("do_resize", True):
-        raise CheckpointError(
-            f"{name} gives do_resize false; images must be resized to whole patches, so set it to true"
-        )
-    size = values.get("size") or {}
-    if not isinstance(size, dict):
-        raise CheckpointError(
-            f"{name} gives size {size!r}, must be an object with shortest_edge and longest_edge"
-        )
-    if size and not {"shortest_edge", "longest_edge"} <= set(size):
-        raise CheckpointError(f"{name} gives size {size}, must have the keys shortest_edge and longest_edge")
-    if size:  # keys of older processors beside it have no effect there either
-        edges = _Settings(((f"{name}, size,", size),))
-        least, most = edges.integer("shortest_edge", 0), edges.integer("longest_edge", 0)
-    else:
-        least = settings.integer("min_pixels", DEFAULT_MIN_PIXELS)
-        most = settings.integer("max_pixels", DEFAULT_MAX_PIXELS)
-    rescale, normalize = settings.flag("do_rescale", True), settings.flag("do_normalize", True)
-    resample = settings.integer("resample", 3, least=0)
-    if resample > 5:
-        raise CheckpointError(f"{name} gives resample {resample}, must be a PIL filter number from 0 to 5")
-    spec = ImageSpec(
-        patch_size=settings.integer_or_equal_list("patch_size", 14),
-        temporal_patch_size=settings.integer_or_equal_list("temporal_patch_size", 2),
-        merge_size=settings.integer("merge_size", 2),
-        min_pixels=least,
-        max_pixels=most,
-        mean=_channels(settings, "image_mean", CLIP_MEAN) if normalize else (0.0, 0.0, 0.0),
-        std=_channels(settings, "image_std", CLIP_STD) if normalize else (1.0, 1.0, 1.0),
-        rescale_factor=settings.number("rescale_factor", 1 / 255) if rescale else 1.0,
-        resample=resample,
-    )
-    if 0.0 in spec.std:
-        raise CheckpointError(f"{name} gives image_std {list(spec.std)}, must not hold 0")
-    if not spec.min_pixels <= spec.max_pixels or spec.max_tokens < 1:
-        raise CheckpointError(
-            f"{name} allows {spec.min_pixels} to {spec.max_pixels} pixels an image, must be a range that "
-            f"holds one token ({spec.pixels_per_token} pixels)"
-        )
-    return spec
-
-
-def _channels(
-    settings: _Settings, key: str, default: tuple[float, float, float]
-) -> tuple[float, float, float]:
-    value = settings.find(key, list(default))
-    items = value if isinstance(value, list) else [value] * 3
-    if len(items) != 3 or any(
-        isinstance(item, bool) or not isinstance(item, int | float) or not abs(item) <= MAX_NUMBER
-        for item in items
-    ):
-        raise CheckpointError(
-            f"{settings.places[0][0]} gives {key} {value!r}, must be a number per RGB channel"
-        )
-    return float(items[0]), float(items[1]), float(items[2])
-
-
 def _tokens(config: Mapping[str, Any], text: Mapping[str, Any], generation: Mapping[str, Any]) -> TokenSpec:
     """Special ids; config.json is asked for eos ids only if generation_config.json gives none."""
-    top = _Settings(((CONFIG_NAME, config),))
+    top = Settings(((CONFIG_NAME, config),))
     eos = _ids(GENERATION_NAME, generation.get("eos_token_id"))
     if not eos:
         eos = _ids(CONFIG_NAME, text.get("eos_token_id")) + _ids(CONFIG_NAME, config.get("eos_token_id"))
@@ -510,17 +371,19 @@ def _ids(where: str, value: object) -> tuple[int, ...]:
     return tuple(items)
 
 
-def _sampling(settings: _Settings) -> dict[str, float]:
+def _sampling(settings: Settings) -> dict[str, float]:
     """Sampling defaults; top_k 0 and repetition_penalty 1 mean off, as in the file."""
     found: dict[str, float] = {}
     sample = settings.flag("do_sample", False)
-    for key in SAMPLING_KEYS:
+    for key, (least, most) in SAMPLING_LIMITS.items():
         value = settings.find(key)
         if value is None or (not sample and key != "repetition_penalty"):
             continue
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= MAX_NUMBER:
-            raise CheckpointError(
-                f"{settings.places[0][0]} gives {key} {value!r}, must be a number of at least 0"
-            )
+        if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
+            above = "above 0" if key == "repetition_penalty" else "of at least 0"
+            limit = f" and at most {most:g}" if most < MAX_NUMBER else ""
+            raise CheckpointError(f"{settings.where} gives {key} {value!r}, must be a number {above}{limit}")
+        if key == "top_k" and value != int(value):
+            raise CheckpointError(f"{settings.where} gives top_k {value!r}, must be a whole number")
         found[key] = float(value)
     return {"temperature": 1.0 if sample else 0.0, **found}

@@ -14,36 +14,31 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import onnx_ir as ir
 
-from autoglm_edge.errors import CheckpointError, ExportError
+from autoglm_edge.errors import ExportError
 from autoglm_edge.quantize.recipe import Recipe
 from autoglm_edge.runtime.manifest import (
     FORMAT_VERSION,
     FileEntry,
     Geometry,
-    ImageSpec,
     Manifest,
     Part,
     Source,
 )
 
 from .card import CARD_NAME, model_card
-from .checkpoint import Checkpoint, ModelConfig, expected_tensors
+from .checkpoint import Checkpoint, ModelConfig
+from .files import CONFIG_NAME, PREPROCESSOR_NAME, json_object
 from .genai import GENAI_DECODER_NAME, GENAI_NAME, genai_config, genai_decoder, to_bytes
-from .plan import ITEM_BYTES, PartPlan
+from .plan import IR_DTYPES, ITEM_BYTES, PartPlan
+from .processor import with_pixel_budget
+from .shapes import expected_tensors
 
 TOOLS = ("numpy", "onnx", "onnx-ir", "onnxscript")
 """Packages whose version can change what is written."""
 
-PROCESSOR_NAME = "preprocessor_config.json"
-IR_DTYPES: dict[str, ir.DataType] = {
-    "float32": ir.DataType.FLOAT,
-    "float16": ir.DataType.FLOAT16,
-    "uint8": ir.DataType.UINT8,
-}
 _LICENCE = re.compile(rb"\A---\n.*?^license:[ \t]*([\w.+-]+)[ \t]*$.*?^---", re.MULTILINE | re.DOTALL)
 
 
@@ -144,10 +139,10 @@ def small_files(job: Job) -> dict[str, bytes]:
     side = job.checkpoint.side_files()
     if clash := sorted(set(side) & {*files, CARD_NAME, GENAI_NAME, *(plan.data_file for plan in job.plans)}):
         raise ExportError(f"the checkpoint wants to add {clash[0]}, a name that the bundle itself uses")
-    if job.max_image_tokens is not None and PROCESSOR_NAME in side:
-        side[PROCESSOR_NAME] = with_pixel_budget(side[PROCESSOR_NAME], job.config.image)
+    if job.max_image_tokens is not None and PREPROCESSOR_NAME in side:
+        side[PREPROCESSOR_NAME] = with_pixel_budget(side[PREPROCESSOR_NAME], job.config.image)
     files.update(side)
-    files[GENAI_NAME] = to_bytes(genai_config(job.config, plans, _json_object(side, "config.json")))
+    files[GENAI_NAME] = to_bytes(genai_config(job.config, plans, json_object(side[CONFIG_NAME], CONFIG_NAME)))
     sizes = {name: len(content) for name, content in files.items()}
     sizes.update({plan.data_file: plan.data_bytes for plan in job.plans})
     card = model_card(
@@ -210,23 +205,6 @@ def build_manifest(job: Job, files: Mapping[str, tuple[int, str]]) -> Manifest:
     )
 
 
-def with_pixel_budget(content: bytes, image: ImageSpec) -> bytes:
-    """preprocessor_config.json with the upper limit of `image`, wherever the checkpoint's release keeps it.
-
-    Raises:
-        CheckpointError: no JSON object.
-    """
-    document = _json_object({PROCESSOR_NAME: content}, PROCESSOR_NAME)
-    size = document.get("size")
-    if isinstance(size, dict):
-        size["longest_edge"] = image.max_pixels
-    if "max_pixels" in document:
-        document["max_pixels"] = image.max_pixels
-    if not isinstance(size, dict) and "max_pixels" not in document:
-        document["size"] = {"shortest_edge": image.min_pixels, "longest_edge": image.max_pixels}
-    return (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode()
-
-
 def licence_of(checkpoint: Path) -> str | None:
     """The licence that the checkpoint's own model card names, or None."""
     try:
@@ -234,17 +212,3 @@ def licence_of(checkpoint: Path) -> str | None:
     except OSError:
         return None
     return found[1].decode() if found else None
-
-
-def _json_object(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
-    try:
-        document = json.loads(files[name])
-    except KeyError as error:
-        raise CheckpointError(f"the checkpoint has no {name}; download it again") from error
-    except ValueError as error:
-        raise CheckpointError(f"{name} of the checkpoint is not JSON ({error}); download it again") from error
-    if not isinstance(document, dict):
-        raise CheckpointError(
-            f"{name} of the checkpoint is a {type(document).__name__}, must be a JSON object"
-        )
-    return document

@@ -28,7 +28,7 @@ from autoglm_edge.runtime.manifest import MANIFEST_NAME
 from .card import readable
 from .contents import Job, build_manifest, small_files
 from .plan import PartPlan, Weight
-from .staging import nearest_folder
+from .staging import MARGIN_BYTES, Staging, nearest_folder
 from .writer import default_workers, in_flight_bytes
 
 TRIAL_ROWS, TRIAL_COLUMNS = 512, 4096
@@ -66,7 +66,9 @@ class Estimate:
         total_bytes: of the whole bundle, exact.
         source_bytes: of the checkpoint's tensors.
         free_bytes: on the disk of the output.
-        fits: whether the disk has room.
+        fits: whether the disk has room for it.
+        missing_bytes: still needed on that disk: the bundle and a margin, less what an interrupted export
+            has there already.
         peak_anonymous_bytes: memory that the export itself needs, at most; mapped files not counted.
         seconds: that converting and hashing take on this machine, if the disks keep up.
         weights_mapped_bytes: at run time, clean pages that the system can drop and read again.
@@ -87,6 +89,7 @@ class Estimate:
     source_bytes: int
     free_bytes: int
     fits: bool
+    missing_bytes: int
     peak_anonymous_bytes: int
     seconds: float
     weights_mapped_bytes: int
@@ -107,7 +110,7 @@ class Estimate:
     def to_table(self) -> str:
         """Lines for people."""
         rows = [(f"{part.name}", readable(part.graph_bytes + part.data_bytes)) for part in self.parts]
-        room = "enough" if self.fits else "NOT ENOUGH"
+        room = "enough" if self.fits else f"NOT ENOUGH, {readable(self.missing_bytes)} needed"
         rows += [
             ("other files", readable(self.other_bytes)),
             ("bundle", f"{readable(self.total_bytes)} ({self.total_bytes:,} bytes)"),
@@ -120,9 +123,10 @@ class Estimate:
             ("weights in use", f"{readable(self.weights_mapped_bytes)} mapped"),
             ("", f"up to {readable(self.weights_copied_bytes)} copied by onnxruntime's CPU kernels"),
             ("KV cache", f"{readable(self.kv_bytes_per_token)} per token"),
-            ("", f"{readable(self.kv_bytes_at_4096)} at {SHORT_CONTEXT:,} tokens"),
-            ("", f"{readable(self.kv_bytes_at_full_context)} at {self.context_length:,} tokens"),
         ]
+        if self.context_length > SHORT_CONTEXT:
+            rows.append(("", f"{readable(self.kv_bytes_at_4096)} at {SHORT_CONTEXT:,} tokens"))
+        rows.append(("", f"{readable(self.kv_bytes_at_full_context)} at {self.context_length:,} tokens"))
         head = f"{self.model} as {self.recipe}, {self.activations} activations"
         return "\n".join([head, *(f"  {label:<16}{value}" for label, value in rows)])
 
@@ -132,7 +136,7 @@ def estimate_job(job: Job, output: Path) -> Estimate:
 
     Args:
         job: what would be exported.
-        output: where to; only the free space of its disk is looked at.
+        output: where to; only the free space of its disk is looked at, and what an interrupted export left.
     """
     small = {name: len(content) for name, content in small_files(job).items()}
     unknown = "0" * 64  # digests differ in value, not in length
@@ -143,6 +147,7 @@ def estimate_job(job: Job, output: Path) -> Estimate:
     small_bytes = sum(small.values())
     total_bytes = job.data_bytes + small_bytes
     free_bytes = shutil.disk_usage(nearest_folder(output)).free
+    missing_bytes = max(0, total_bytes + MARGIN_BYTES - Staging(output).allocated_bytes)
     workers = default_workers()
     tensors = job.checkpoint.tensors
     working = max(in_flight_bytes(plan, tensors, workers) for plan in job.plans)
@@ -160,7 +165,8 @@ def estimate_job(job: Job, output: Path) -> Estimate:
         total_bytes=total_bytes,
         source_bytes=tensors.size_bytes,
         free_bytes=free_bytes,
-        fits=free_bytes >= total_bytes,
+        fits=missing_bytes <= free_bytes,
+        missing_bytes=missing_bytes,
         peak_anonymous_bytes=_process_bytes() + 2 * working + small_bytes,
         seconds=expected_seconds(job, workers),
         weights_mapped_bytes=job.data_bytes,
@@ -222,16 +228,12 @@ def hashed_per_second() -> float:
 def _copied_bytes(plan: PartPlan) -> int:
     """Weights of matrix products; the table of the embedding is only looked up and stays mapped."""
     return sum(
-        _weight_bytes(weight) for weight in plan.weights if plan.name != "embedding" and _is_matrix(weight)
+        weight.size_bytes for weight in plan.weights if plan.name != "embedding" and _is_matrix(weight)
     )
 
 
 def _is_matrix(weight: Weight) -> bool:
     return weight.action in ("quantize", "transpose")
-
-
-def _weight_bytes(weight: Weight) -> int:
-    return sum(piece.size_bytes for piece in weight.pieces)
 
 
 def _process_bytes() -> int:

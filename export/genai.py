@@ -100,7 +100,7 @@ def genai_config(
 def genai_decoder(graph: bytes) -> bytes:
     """The decoder graph, over the same data file, with one row of logits and nothing to choose.
 
-    onnxruntime-genai allocates logits for every position of a prompt, unless the graph says that there is one;
+    onnxruntime-genai allocates logits for every position of a prompt unless the graph says that there is one,
     and it does not know the optional input.
 
     Args:
@@ -112,7 +112,8 @@ def genai_decoder(graph: bytes) -> bytes:
     model.graph.input.extend(kept)
     (logits,) = (value for value in model.graph.output if value.name == "logits")
     logits.type.tensor_type.shape.dim[1].dim_value = 1
-    return model.SerializeToString(deterministic=True)
+    content: bytes = model.SerializeToString(deterministic=True)
+    return content
 
 
 def to_bytes(document: Mapping[str, Any]) -> bytes:

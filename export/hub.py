@@ -20,10 +20,9 @@ from typing import Any, Protocol
 
 from autoglm_edge.errors import CheckpointError, DependencyError
 
-from .tensors import read_json
+from .files import CONFIG_NAME, read_json
 
 PATTERNS = ("*.safetensors", "*.json", "*.jinja", "*.txt")
-CONFIG_NAME = "config.json"
 SPARE_BYTES = 1_000_000_000
 """Room that must be left on the disk after a download."""
 

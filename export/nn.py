@@ -20,17 +20,13 @@ from onnxscript._internal.builder import OpBuilder
 from autoglm_edge.quantize.formats import BlockFormat
 from autoglm_edge.quantize.recipe import Recipe
 
+from .plan import IR_DTYPES as IR_DTYPES
 from .plan import Action, Dtype, PartPlan, Piece, Weight, lay_out
 
 OPSET = 23
 """First opset with RotaryEmbedding and RMSNormalization."""
 
 CONTRIB = {"_domain": "com.microsoft", "_version": 1}
-IR_DTYPES: dict[str, ir.DataType] = {
-    "float32": ir.DataType.FLOAT,
-    "float16": ir.DataType.FLOAT16,
-    "uint8": ir.DataType.UINT8,
-}
 
 
 Signature = list[tuple[str, ir.DataType, Sequence[int | str]]]

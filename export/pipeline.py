@@ -15,27 +15,28 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import math
 import os
 import shutil
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
-from autoglm_edge.embedded import pocket_path
-from autoglm_edge.errors import ExportError
-from autoglm_edge.quantize.recipe import Activations, Recipe, resolve
+from autoglm_edge.embedded import POCKET_NAME, pocket_path
+from autoglm_edge.errors import CheckpointError, ExportError, RequestError
+from autoglm_edge.quantize.recipe import Activations, Recipe
 from autoglm_edge.runtime.bundle import Bundle
 from autoglm_edge.runtime.manifest import MANIFEST_NAME, ImageSpec
 
-from .checkpoint import Checkpoint, ModelConfig, expected_tensors
+from .checkpoint import Checkpoint, ModelConfig
 from .contents import Job, build_manifest, small_files
 from .embedding import plan_embedding
 from .forecast import Estimate, estimate_job
 from .journal import Entries, Journal, read_journal
+from .options import ExportOptions
 from .plan import PartPlan, Weight
 from .progress import Progress, ProgressEvent, silent
-from .staging import Staging, check_output, nearest_folder, write_file
+from .shapes import HEAD, expected_tensors
+from .staging import MARGIN_BYTES, Staging, check_apart, check_output, nearest_folder, write_file
 from .text import plan_decoder
 from .vision import plan_vision
 from .writer import source_matrix, write_part
@@ -44,55 +45,6 @@ __all__ = ["ExportOptions", "Progress", "ProgressEvent", "estimate", "export"]
 
 HASH_BLOCK_BYTES = 1 << 20
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-DISK_MARGIN_BYTES = 16 << 20
-"""Left free on top of what is needed: the journal, and what a file system takes for itself."""
-
-
-@dataclass(frozen=True)
-class ExportOptions:
-    """What may be chosen about an export, beside its source and its place.
-
-    Attributes:
-        recipe: which tensor gets which format.
-        max_image_tokens: most tokens per image; None keeps the checkpoint's budget.
-        resume: go on with an interrupted export, and fail if there is none.
-        force: start over, and replace a bundle that is there.
-    """
-
-    recipe: Recipe
-    max_image_tokens: int | None = None
-    resume: bool = False
-    force: bool = False
-
-    def __post_init__(self) -> None:
-        if self.max_image_tokens is not None and self.max_image_tokens < 1:
-            raise ExportError(f"max_image_tokens is {self.max_image_tokens}, must be at least 1")
-
-    @classmethod
-    def choose(
-        cls,
-        *,
-        precision: str,
-        recipe: str | Path | Recipe | None,
-        block_size: int | None,
-        symmetric: bool | None,
-        activations: Activations | None,
-        accuracy_level: int | None,
-        max_image_tokens: int | None,
-        resume: bool = False,
-        force: bool = False,
-    ) -> ExportOptions:
-        """Make options of what a caller names; a recipe goes before a precision.
-
-        Raises:
-            QuantError: unknown precision or recipe, or a value that does not fit it.
-            ExportError: a value out of range.
-        """
-        base = recipe if isinstance(recipe, Recipe) else resolve(precision if recipe is None else recipe)
-        changed = base.with_(
-            block_size=block_size, symmetric=symmetric, activations=activations, accuracy_level=accuracy_level
-        )
-        return cls(changed, max_image_tokens, resume, force)
 
 
 def export(
@@ -153,16 +105,15 @@ def export(
         force=force,
     )
     tell = progress or silent
-    place = Path(os.path.realpath(output))
+    place = _place(output)
     # Said before the checkpoint is opened, which can mean a download.
     if not Staging(place).folder.exists():
         check_output(place, force=force)
-    tell(ProgressEvent("checkpoint", str(model or "pocket"), 0, 0))
-    checkpoint = Checkpoint.open(pocket_path() if model is None else model, revision)
+    checkpoint = _open(model, revision, tell)
     check_apart(place, checkpoint.path)
     _carry_out(prepare(checkpoint, options), place, options, tell)
     tell(ProgressEvent("done", str(output), 0, 0))
-    return Bundle.open(Path(output))
+    return Bundle.open(Path(output).expanduser())
 
 
 def estimate(
@@ -198,9 +149,10 @@ def estimate(
         resume=resume,
         force=force,
     )
-    (progress or silent)(ProgressEvent("checkpoint", str(model or "pocket"), 0, 0))
-    checkpoint = Checkpoint.open(pocket_path() if model is None else model, revision)
-    return estimate_job(prepare(checkpoint, options), Path(os.path.realpath(output)))
+    place = _place(output)
+    checkpoint = _open(model, revision, progress or silent)
+    check_apart(place, checkpoint.path)
+    return estimate_job(prepare(checkpoint, options), place)
 
 
 def prepare(checkpoint: Checkpoint, options: ExportOptions) -> Job:
@@ -209,11 +161,14 @@ def prepare(checkpoint: Checkpoint, options: ExportOptions) -> Job:
     Raises:
         CheckpointError: a tensor is missing or has another shape than config.json says.
         ExportError: the image budget does not fit the model.
+        QuantError: a rule of the recipe that matches nothing, or layers that are not there.
     """
     config = checkpoint.config
-    checkpoint.check(expected_tensors(config))
+    expected = expected_tensors(config)
+    checkpoint.check(expected)
     config = replace(config, image=image_budget(config, options.max_image_tokens))
     recipe = options.recipe.for_layers(decoder=config.text.layers, vision=config.vision.depth)
+    recipe.check_names((*expected, HEAD))  # a tied head is stored by the rules for heads
     plans = (plan_decoder(config, recipe), plan_embedding(config, recipe), plan_vision(config, recipe))
     for plan in plans:
         for weight in plan.weights:
@@ -227,30 +182,40 @@ def image_budget(config: ModelConfig, max_tokens: int | None) -> ImageSpec:
     Raises:
         ExportError: fewer tokens than the smallest image takes, or more than the context holds.
     """
-    image = config.image
     if max_tokens is None:
-        return image
-    least = math.ceil(image.min_pixels / image.pixels_per_token)
+        return config.image
     most = config.text.context_length - 3  # the two tokens around an image, and one of text
-    if not least <= max_tokens <= most:
+    if max_tokens > most:
         raise ExportError(
-            f"max_image_tokens is {max_tokens}, must be {least} (the smallest image) to {most} "
-            f"(what its context of {config.text.context_length} tokens holds)"
+            f"max_image_tokens is {max_tokens}, must be at most {most}, which is what the context of "
+            f"{config.text.context_length} tokens holds"
         )
-    return replace(image, max_pixels=max_tokens * image.pixels_per_token)
+    try:
+        return config.image.with_max_tokens(max_tokens)
+    except RequestError as error:
+        raise ExportError(str(error)) from error
 
 
-def check_apart(output: Path, checkpoint: Path) -> None:
-    """Refuse to write into the checkpoint.
+def _place(output: str | Path) -> Path:
+    """The output with all links followed.
 
     Raises:
-        ExportError: the output is the checkpoint folder or lies in it.
+        ExportError: no name, or one that no file can have.
     """
-    source = Path(os.path.realpath(checkpoint))
-    if output == source or source in output.parents:
-        raise ExportError(
-            f"the output {output} lies in the checkpoint folder {source}; choose one outside of it"
-        )
+    try:
+        if str(output).strip() and "\0" not in str(output):
+            return Path(os.path.realpath(Path(output).expanduser()))
+    except RuntimeError as error:  # ~user of an unknown user
+        raise ExportError(f"{str(output)!r} cannot be an output folder ({error})") from error
+    raise ExportError(f"the output is {str(output)!r}; name a folder that does not exist yet")
+
+
+def _open(model: str | Path | None, revision: str | None, tell: Progress) -> Checkpoint:
+    """Open what is to be exported; None is the embedded model, even beside a folder of its name."""
+    if model is None and revision is not None:
+        raise CheckpointError(f"the embedded model has no revision {revision!r}; name the model that has it")
+    tell(ProgressEvent("checkpoint", str(POCKET_NAME if model is None else model), 0, 0))
+    return Checkpoint.open(pocket_path() if model is None else model, revision)
 
 
 def _carry_out(job: Job, output: Path, options: ExportOptions, tell: Progress) -> None:
@@ -349,7 +314,7 @@ def _check_disk(job: Job, staging: Staging) -> int:
     Returns:
         Bytes that the bundle needs in all.
     """
-    needed = job.data_bytes + sum(len(content) for content in small_files(job).values()) + DISK_MARGIN_BYTES
+    needed = job.data_bytes + sum(len(content) for content in small_files(job).values()) + MARGIN_BYTES
     free = shutil.disk_usage(staging.folder).free
     missing = needed - staging.allocated_bytes
     if missing > free:
@@ -367,7 +332,7 @@ def _write_weights(
     done = 0
     for plan in job.plans:
         finished: Collection[str] = entries.finished.get(plan.name, set()) if entries else set()
-        done += sum(_weight_bytes(weight) for weight in plan.weights if weight.pieces[0].name in finished)
+        done += sum(weight.size_bytes for weight in plan.weights if weight.pieces[0].name in finished)
 
         def advance(weight: Weight, written: int) -> None:
             nonlocal done
@@ -419,10 +384,6 @@ def _digests(
         done += size
         digests[plan.data_file] = (size, digest.hexdigest())
     return digests
-
-
-def _weight_bytes(weight: Weight) -> int:
-    return sum(piece.size_bytes for piece in weight.pieces)
 
 
 def _has_size(path: Path, size_bytes: int) -> bool:

@@ -24,7 +24,12 @@ ALIGNMENT = 4096
 
 Action = Literal["copy", "transpose", "quantize"]
 Dtype = Literal["float32", "float16", "uint8"]
-ITEM_BYTES: dict[str, int] = {"float32": 4, "float16": 2, "uint8": 1}
+IR_DTYPES: dict[str, ir.DataType] = {
+    "float32": ir.DataType.FLOAT,
+    "float16": ir.DataType.FLOAT16,
+    "uint8": ir.DataType.UINT8,
+}
+ITEM_BYTES = {name: int(dtype.itemsize) for name, dtype in IR_DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -74,6 +79,11 @@ class Weight:
     quant: BlockFormat | None = None
     permute: tuple[int, ...] | None = None
 
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all pieces."""
+        return sum(piece.size_bytes for piece in self.pieces)
+
 
 @dataclass(frozen=True)
 class PartPlan:
@@ -107,7 +117,7 @@ class PartPlan:
     @property
     def weight_bytes(self) -> int:
         """Bytes of weights, padding between pieces not counted."""
-        return sum(p.size_bytes for w in self.weights for p in w.pieces)
+        return sum(weight.size_bytes for weight in self.weights)
 
 
 def lay_out(weights: Iterable[Weight]) -> tuple[Weight, ...]:

@@ -22,6 +22,8 @@ from autoglm_edge.errors import ExportError
 from autoglm_edge.runtime.manifest import MANIFEST_NAME
 
 SUFFIX = ".partial"
+MARGIN_BYTES = 16 << 20
+"""Left free on top of what a bundle needs: the journal, and what a file system takes for itself."""
 
 
 class Staging:
@@ -107,6 +109,12 @@ class Staging:
         while self._lock is None:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise ExportError(
+                    f"{self.folder} cannot be made, where the bundle would grow "
+                    f"({error.strerror or error}); choose another output folder"
+                ) from error
+            try:
                 handle = os.open(self._lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
             except FileNotFoundError:
                 continue  # the other process tidied up between the two calls
@@ -144,6 +152,8 @@ def check_output(output: Path, *, force: bool, begun: bool = False) -> None:
     Raises:
         ExportError: something is there that must not be replaced, or not without `force`.
     """
+    if output.is_symlink():  # a path in which all links were followed can only be a link in a circle
+        raise ExportError(f"{output} is a link that leads nowhere; remove it, or name another output folder")
     if not output.exists():
         return
     if not output.is_dir():
@@ -161,6 +171,19 @@ def check_output(output: Path, *, force: bool, begun: bool = False) -> None:
     if not force:
         how = "--resume --force, which continues the interrupted export" if begun else "--force"
         raise ExportError(f"{output} exists; choose another output folder, or replace it with {how}")
+
+
+def check_apart(output: Path, checkpoint: Path) -> None:
+    """Refuse to write into the checkpoint.
+
+    Raises:
+        ExportError: the output is the checkpoint folder or lies in it.
+    """
+    source = Path(os.path.realpath(checkpoint))
+    if output == source or source in output.parents:
+        raise ExportError(
+            f"the output {output} lies in the checkpoint folder {source}; choose one outside of it"
+        )
 
 
 def _is_filled(folder: Path) -> bool:

@@ -14,7 +14,7 @@ serves checkpoints of every depth; `Recipe.for_layers` turns that into layer num
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -32,6 +32,8 @@ ALWAYS_FLOAT = ("*.bias", "*norm*", "model.visual.patch_embed.*", "model.visual.
 """Name patterns of tensors that no rule reaches: biases, norms, patch embedding, table of positions."""
 
 FLOAT_BITS: dict[int, str] = {32: "float32", 16: "float16"}
+FLOAT_PRESETS = {"float32": "fp32", "float16": "fp16"}
+"""Preset that keeps everything float, by its activations."""
 
 RULE_KEYS = ("pattern", "bits", "block_size", "symmetric", "keep", "layers")
 FILE_KEYS = ("name", "base", "activations", "accuracy_level", "rule")
@@ -57,6 +59,8 @@ class Recipe:
     rules: tuple[Rule, ...]
 
     def __post_init__(self) -> None:
+        if not self.name.strip():
+            raise QuantError("a recipe has an empty name; give it one, or leave the name out of its file")
         if self.activations not in ("float32", "float16"):
             raise QuantError(
                 f"recipe {self.name}: activations is {self.activations!r}, must be float32 or float16"
@@ -70,7 +74,7 @@ class Recipe:
         Raises:
             QuantError: a rule speaks of layers relative to a depth that is not known; see `for_layers`.
         """
-        if any(fnmatchcase(name, pattern) for pattern in ALWAYS_FLOAT):
+        if _always_float(name):
             return None
         return next((rule.format for rule in self.rules if rule.matches(name)), None)
 
@@ -99,25 +103,52 @@ class Recipe:
         int4-mixed and int4-all, hence not the 8-bit head, embedding and vision; and all of int8.
 
         Raises:
-            QuantError: a block size or symmetry for a recipe that quantizes nothing, or a value that is not
-                allowed.
+            QuantError: a change that means nothing to a recipe that quantizes nothing, or contradicts it, or
+                a value that is not allowed.
         """
         rules = self.rules
-        if block_size is not None or symmetric is not None:
-            formats = [rule.format for rule in rules if rule.format is not None]
-            if not formats:
-                raise QuantError(
-                    f"recipe {self.name} keeps every tensor float, so a block size or symmetry means nothing;"
-                    " leave it out or take an int8 or int4 recipe"
-                )
+        formats = [rule.format for rule in rules if rule.format is not None]
+        if formats:
             bits = min(form.bits for form in formats)
             rules = tuple(_with_format(rule, bits, block_size, symmetric) for rule in rules)
+        else:
+            _refuse_for_floats(
+                self, block_size=block_size, symmetric=symmetric, accuracy_level=accuracy_level
+            )
+            if activations in FLOAT_PRESETS and activations != self.activations:
+                raise QuantError(
+                    f"recipe {self.name} stores every tensor as {self.activations}, which contradicts "
+                    f"activations {activations}; take the recipe {FLOAT_PRESETS[activations]}"
+                )
         return replace(
             self,
             rules=rules,
             activations=self.activations if activations is None else activations,
             accuracy_level=self.accuracy_level if accuracy_level is None else accuracy_level,
         )
+
+    def check_names(self, names: Collection[str]) -> None:
+        """Refuse a rule that decides nothing about a checkpoint, most likely for a slip in its pattern.
+
+        Args:
+            names: of all tensors of the checkpoint.
+
+        Raises:
+            QuantError: a rule matches no tensor, or asks for integers where everything stays float.
+        """
+        for rule in self.rules:
+            where = f"recipe {self.name}: the rule for {rule.pattern}" + (
+                f" in layers {rule.layers}" if rule.layers else ""
+            )
+            matched = [name for name in names if rule.matches(name)]
+            if not matched:
+                raise QuantError(
+                    f"{where} matches no tensor of this checkpoint; docs/quantization.md lists the names"
+                )
+            if rule.format is not None and all(_always_float(name) for name in matched):
+                raise QuantError(
+                    f"{where} matches only tensors that always stay float, such as {matched[0]}; remove it"
+                )
 
     def to_json(self) -> dict[str, Any]:
         """The recipe as JSON values, as a manifest records it."""
@@ -179,12 +210,15 @@ def read_recipe(path: str | Path) -> Recipe:
     rules = tuple(
         _rule_from_toml(table, activations, f"{where}: rule {n}") for n, table in enumerate(tables, 1)
     )
-    return Recipe(
+    recipe = Recipe(
         name=_of_type(document, "name", str, where) if "name" in document else path.stem,
         activations=activations,
         accuracy_level=base.accuracy_level if base and "accuracy_level" not in document else level,
         rules=rules + (base.rules if base else ()),
     )
+    if "accuracy_level" in document and all(rule.format is None for rule in recipe.rules):
+        _refuse_for_floats(recipe, accuracy_level=level)
+    return recipe
 
 
 def resolve(name_or_path: str | Path) -> Recipe:
@@ -198,6 +232,19 @@ def resolve(name_or_path: str | Path) -> Recipe:
     if str(name_or_path).endswith(".toml") or Path(name_or_path).is_file():
         return read_recipe(name_or_path)
     return _preset(str(name_or_path), f"recipe {str(name_or_path)!r}")
+
+
+def _always_float(name: str) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in ALWAYS_FLOAT)
+
+
+def _refuse_for_floats(recipe: Recipe, **changes: object) -> None:
+    """Refuse what only says how integers are stored or computed with."""
+    if useless := [key for key, value in changes.items() if value is not None]:
+        raise QuantError(
+            f"recipe {recipe.name} keeps every tensor float, so {useless[0]} means nothing; leave it out or "
+            "take an int8 or int4 recipe"
+        )
 
 
 def _preset(name: str, where: str) -> Recipe:

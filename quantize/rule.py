@@ -19,6 +19,7 @@ from .formats import BlockFormat
 
 _RELATIVE = re.compile(r"(first|last|outer):(?:(\d{1,6})|(\d{1,6})/(\d{1,6}))")
 _ABSOLUTE = re.compile(r"\d{1,6}(?:-\d{1,6})?(?:,\d{1,6}(?:-\d{1,6})?)*")
+_VISION = "model.visual."
 _LAYER = re.compile(r"(?:model\.language_model\.layers|model\.visual\.blocks)\.(\d+)\.")
 
 
@@ -53,11 +54,20 @@ class Rule:
                 f'the rule for {self.pattern} has layers = "{self.layers}", must be one layer or more, or a '
                 "fraction above 0 and at most 1"
             )
+        if relative is None and any(low > high for low, high in _ranges(self.layers)):
+            raise QuantError(
+                f'the rule for {self.pattern} has layers = "{self.layers}", must count upwards, as in "0-4"'
+            )
 
     @property
     def is_relative(self) -> bool:
         """Whether `layers` means something only once the number of layers is known."""
         return self.layers is not None and _RELATIVE.fullmatch(self.layers) is not None
+
+    @property
+    def is_vision(self) -> bool:
+        """Whether `layers` counts blocks of the vision tower; else it counts layers of the decoder."""
+        return self.pattern.startswith(_VISION)
 
     def matches(self, name: str) -> bool:
         """Whether the rule decides about the tensor of this name.
@@ -70,7 +80,7 @@ class Rule:
         if self.layers is None:
             return True
         index = _layer_of(name)
-        if index is None:
+        if index is None or name.startswith(_VISION) is not self.is_vision:
             return False
         if self.is_relative:
             raise QuantError(
@@ -85,10 +95,20 @@ class Rule:
         Args:
             decoder: layers of the decoder.
             vision: blocks of the vision tower; counted from by patterns that begin with "model.visual.".
+
+        Raises:
+            QuantError: a layer number that is not there.
         """
-        if self.layers is None or not self.is_relative:
+        if self.layers is None:
             return self
-        depth = vision if self.pattern.startswith("model.visual.") else decoder
+        depth = vision if self.is_vision else decoder
+        if not self.is_relative:
+            if max(high for _, high in _ranges(self.layers)) >= depth:
+                raise QuantError(
+                    f'the rule for {self.pattern} has layers = "{self.layers}", but there are only {depth} '
+                    f"layers, 0-{depth - 1}"
+                )
+            return self
         return replace(self, layers=_absolute(self.layers, depth))
 
     def to_json(self) -> dict[str, Any]:

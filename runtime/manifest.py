@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -43,7 +44,7 @@ class FileEntry:
             raise BundleError(f"{MANIFEST_NAME} names the file {self.path!r}, which lies outside the bundle")
         if self.size_bytes < 0:
             raise BundleError(f"{MANIFEST_NAME} gives {self.path} the size {self.size_bytes}")
-        if len(self.sha256) != 64 or set(self.sha256) - set("0123456789abcdef"):
+        if not _is_sha256(self.sha256):
             raise BundleError(f"{MANIFEST_NAME} gives {self.path} a malformed SHA-256, {self.sha256!r}")
 
 
@@ -62,6 +63,13 @@ class Source:
     revision: str | None
     config_sha256: str
     parameters: int
+
+    def __post_init__(self) -> None:
+        if not _is_sha256(self.config_sha256):
+            raise BundleError(
+                f"{MANIFEST_NAME}: source.config_sha256 is {self.config_sha256!r}, must be 64 hex digits"
+            )
+        _at_least(0, "source.", parameters=self.parameters)
 
 
 @dataclass(frozen=True)
@@ -87,11 +95,7 @@ class Geometry:
     context_length: int
 
     def __post_init__(self) -> None:
-        for item in dataclasses.fields(self):
-            if getattr(self, item.name) < 1:
-                raise BundleError(
-                    f"{MANIFEST_NAME}: geometry.{item.name} is {getattr(self, item.name)}, must be at least 1"
-                )
+        _at_least(1, "geometry.", **dataclasses.asdict(self))
 
 
 @dataclass(frozen=True)
@@ -119,6 +123,29 @@ class ImageSpec:
     std: tuple[float, float, float]
     rescale_factor: float
     resample: int
+
+    def __post_init__(self) -> None:
+        _at_least(
+            1,
+            "image.",
+            patch_size=self.patch_size,
+            temporal_patch_size=self.temporal_patch_size,
+            merge_size=self.merge_size,
+            min_pixels=self.min_pixels,
+            max_pixels=self.max_pixels,
+        )
+        if not all(map(math.isfinite, (*self.mean, *self.std, self.rescale_factor))) or 0 in self.std:
+            raise BundleError(
+                f"{MANIFEST_NAME}: image.mean {self.mean}, image.std {self.std} and image.rescale_factor "
+                f"{self.rescale_factor} must be finite, and no std may be 0"
+            )
+        if self.resample not in range(6):
+            raise BundleError(f"{MANIFEST_NAME}: image.resample is {self.resample}, must be 0 to 5")
+        if not max(self.min_pixels, self.pixels_per_token) <= self.max_pixels:
+            raise BundleError(
+                f"{MANIFEST_NAME}: image.max_pixels is {self.max_pixels}, must be at least min_pixels "
+                f"({self.min_pixels}) and one token ({self.pixels_per_token} pixels)"
+            )
 
     @property
     def patch_dim(self) -> int:
@@ -167,6 +194,19 @@ class TokenSpec:
     image_start: int
     image_end: int
 
+    def __post_init__(self) -> None:
+        if not self.eos:
+            raise BundleError(f"{MANIFEST_NAME}: tokens.eos is empty, so that no answer would ever end")
+        _at_least(
+            0,
+            "tokens.",
+            eos=min(self.eos),
+            pad=self.pad or 0,
+            image=self.image,
+            image_start=self.image_start,
+            image_end=self.image_end,
+        )
+
 
 @dataclass(frozen=True)
 class Part:
@@ -181,6 +221,9 @@ class Part:
     graph: str
     data: str
     weight_bytes: int
+
+    def __post_init__(self) -> None:
+        _at_least(0, "parts.", weight_bytes=self.weight_bytes)
 
 
 @dataclass(frozen=True)
@@ -234,6 +277,12 @@ class Manifest:
         for name in (self.activations, self.kv_dtype):
             if name not in ("float32", "float16"):
                 raise BundleError(f"{MANIFEST_NAME} names the dtype {name!r}, must be float32 or float16")
+        _at_least(1, "", kv_bytes_per_token=self.kv_bytes_per_token)
+        pictures = (self.tokens.image, self.tokens.image_start, self.tokens.image_end)
+        if len(set(pictures)) < len(pictures):
+            raise BundleError(
+                f"{MANIFEST_NAME}: tokens.image, .image_start and .image_end are {pictures}, must differ"
+            )
         paths = [entry.path for entry in self.files]
         if len(set(paths)) != len(paths):
             raise BundleError(f"{MANIFEST_NAME} lists a file twice")
@@ -261,14 +310,33 @@ class Manifest:
             BundleError: not JSON, a key too many or missing, a value of a wrong type or out of range.
         """
         try:
-            document = json.loads(text)
-        except ValueError as error:
+            document = json.loads(text, parse_float=_finite, parse_constant=_finite)
+        except (ValueError, RecursionError) as error:
             raise BundleError(
                 f"{MANIFEST_NAME} is not JSON ({error}); export the checkpoint again"
             ) from error
         manifest = _build(cls, document, MANIFEST_NAME)
         assert isinstance(manifest, Manifest)
         return manifest
+
+
+def _finite(text: str) -> float:
+    """A number of the document; NaN and Infinity are no JSON, and 1e999 means nothing here either."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is not a finite number")
+    return value
+
+
+def _is_sha256(text: str) -> bool:
+    return len(text) == 64 and not set(text) - set("0123456789abcdef")
+
+
+def _at_least(least: int, where: str, **values: int) -> None:
+    """Refuse the first value that is smaller; `where` goes before its name."""
+    for name, value in values.items():
+        if value < least:
+            raise BundleError(f"{MANIFEST_NAME}: {where}{name} is {value}, must be at least {least}")
 
 
 def _build(kind: Any, value: Any, where: str) -> Any:
@@ -296,7 +364,10 @@ def _build(kind: Any, value: Any, where: str) -> Any:
     if kind is Any:
         return value
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError as error:
+            raise BundleError(f"{where} is too large a number") from error
     if not isinstance(value, kind) or isinstance(value, bool) is not (kind is bool):
         raise BundleError(f"{where} is {value!r}, must be of type {kind.__name__}")
     return value

@@ -28,7 +28,7 @@ from safetensors.numpy import load_file, save_file
 
 from autoglm_edge.errors import CheckpointError
 from autoglm_edge.export.checkpoint import Checkpoint, ModelConfig, expected_tensors
-from autoglm_edge.export.config import CLIP_MEAN, CLIP_STD
+from autoglm_edge.export.processor import CLIP_MEAN, CLIP_STD
 
 TINY = SHAPES["tiny"]
 SMALL = [name for name in SHAPES if name != "autoglm-9b"]

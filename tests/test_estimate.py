@@ -115,3 +115,19 @@ def test_what_an_export_refuses_an_estimate_refuses_too(
 ) -> None:
     with pytest.raises(error):
         estimate(checkpoint_of("tiny"), tmp_path / "out", **options)
+
+
+def test_an_estimate_says_that_a_disk_is_full_exactly_when_the_export_does(
+    checkpoint_of: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny, usage = checkpoint_of(), shutil.disk_usage(tmp_path)
+    needed = estimate(tiny, tmp_path / "out").missing_bytes
+
+    for free, fits in ((needed, True), (needed - (1 << 20), False)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: usage._replace(free=free))
+        guess = estimate(tiny, tmp_path / "out")
+
+        assert guess.fits is fits
+        assert ("NOT ENOUGH" in guess.to_table()) is not fits
+    with pytest.raises(ExportError, match="more bytes, but the disk has"):
+        export(tiny, tmp_path / "out")

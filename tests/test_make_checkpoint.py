@@ -12,14 +12,12 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
+from checkpoint_weights import POOL_VALUES, group, values_of
 from make_checkpoint import (
     ADDED_TOKENS,
-    POOL_VALUES,
     SHAPES,
     ConfigForm,
     Shape,
-    _group,
-    _values,
     make_checkpoint,
     tensor_shapes,
     tokenizer_json,
@@ -159,7 +157,7 @@ def test_the_weights_keep_activations_near_one(tmp_path: Path) -> None:
 
 def test_a_large_tensor_is_made_of_pieces_that_do_not_repeat_in_step() -> None:
     dims = (3000, 4096)
-    pieces = list(_values("w", dims, seed=0, kind=np.dtype(np.float32), tied=False))
+    pieces = list(values_of("w", dims, seed=0, kind=np.dtype(np.float32), tied=False))
     values = np.concatenate(pieces)
     assert values.size == 3000 * 4096 > POOL_VALUES
     assert max(piece.size for piece in pieces) <= POOL_VALUES
@@ -188,14 +186,14 @@ def test_a_tiny_checkpoint_takes_a_fraction_of_a_second(tmp_path: Path) -> None:
 @pytest.mark.parametrize("shards", [1, 2, 3, 5, 9])
 def test_tensors_are_cut_into_as_many_files_as_asked(shards: int) -> None:
     sizes = {f"t{index}": 10 for index in range(30)}
-    groups = _group(sizes, shards=shards, shard_bytes=None)
+    groups = group(sizes, shards=shards, shard_bytes=None)
     assert len(groups) == shards
     assert [name for group in groups for name in group] == list(sizes)
 
 
 @pytest.mark.parametrize("shards", [1, 2, 3, 5])
 def test_one_huge_tensor_does_not_cost_a_file(shards: int) -> None:
-    groups = _group({"a": 1, "huge": 10**9, "b": 1, "c": 1, "d": 1}, shards=shards, shard_bytes=None)
+    groups = group({"a": 1, "huge": 10**9, "b": 1, "c": 1, "d": 1}, shards=shards, shard_bytes=None)
     assert len(groups) == shards
     assert all(groups)
 
@@ -203,11 +201,11 @@ def test_one_huge_tensor_does_not_cost_a_file(shards: int) -> None:
 @pytest.mark.parametrize("shards", [0, -1, 6])
 def test_a_number_of_files_that_cannot_be_is_refused(shards: int) -> None:
     with pytest.raises(ValueError, match="from 1 to 5"):
-        _group(dict.fromkeys("abcde", 1), shards=shards, shard_bytes=None)
+        group(dict.fromkeys("abcde", 1), shards=shards, shard_bytes=None)
 
 
 def test_a_file_holds_no_more_bytes_than_asked_unless_one_tensor_does() -> None:
-    groups = _group({"a": 5, "b": 50, "c": 4, "d": 4, "e": 4}, shards=1, shard_bytes=8)
+    groups = group({"a": 5, "b": 50, "c": 4, "d": 4, "e": 4}, shards=1, shard_bytes=8)
     assert groups == [["a"], ["b"], ["c", "d"], ["e"]]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import re
 import types
 import typing
 from collections.abc import Iterator
@@ -104,7 +105,8 @@ def _same_shape(kind: Any, schema: dict[str, Any], where: str) -> None:
     elif origin is tuple:
         assert schema["type"] == "array", where
         count = None if inner[-1] is ... else len(inner)
-        assert schema.get("minItems") == schema.get("maxItems") == count, where
+        assert schema.get("maxItems") == count, where
+        assert count is None or schema.get("minItems") == count, where
         _same_shape(inner[0], schema["items"], f"{where}[]")
     elif origin is dict:
         assert schema["type"] == "object", where
@@ -187,6 +189,23 @@ def test_a_value_of_a_wrong_type_is_refused(place):
         (("files", 0, "sha256"), "A" * 64),
         (("files", 0, "path"), ""),
         (("image", "mean"), [0.5, 0.5]),
+        (("image", "std"), [0.5, 0.0, 0.5]),
+        (("image", "patch_size"), 0),
+        (("image", "merge_size"), -2),
+        (("image", "temporal_patch_size"), 0),
+        (("image", "min_pixels"), 0),
+        (("image", "max_pixels"), 0),
+        (("image", "resample"), 6),
+        (("image", "resample"), -1),
+        (("tokens", "eos"), []),
+        (("tokens", "eos"), [1, -1]),
+        (("tokens", "pad"), -1),
+        (("tokens", "image"), -1),
+        (("tokens", "image_end"), -1),
+        (("source", "parameters"), -1),
+        (("source", "config_sha256"), "Z" * 64),
+        (("parts", "decoder", "weight_bytes"), -1),
+        (("kv_bytes_per_token",), 0),
     ],
     ids=str,
 )
@@ -196,6 +215,37 @@ def test_a_value_out_of_range_is_refused_by_reader_and_schema(place, value):
     with pytest.raises(BundleError):
         read(changed)
     assert not VALIDATOR.is_valid(changed)
+
+
+@pytest.mark.parametrize(
+    "place, value, said",
+    [
+        (("image", "max_pixels"), 12543, "at least min_pixels"),
+        (("image", "patch_size"), 400, "one token"),
+        (("tokens", "image"), 3, "must differ"),
+        (("generation", "temperature"), 10**400, "too large"),
+    ],
+    ids=str,
+)
+def test_values_that_do_not_go_together_are_refused(place, value, said):
+    with pytest.raises(BundleError, match=said):
+        read(put(document(), place, value))
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999"])
+@pytest.mark.parametrize("key", ["rescale_factor", "temperature"])
+def test_a_number_that_is_not_finite_is_refused(key, number):
+    text = json.dumps(document() | {"generation": {"temperature": 0.25}})
+    text = re.sub(rf'("{key}": )[^,}}]+', rf"\g<1>{number}", text)
+    assert number in text
+
+    with pytest.raises(BundleError, match="finite"):
+        Manifest.from_json(text)
+
+
+def test_a_document_nested_without_end_is_refused():
+    with pytest.raises(BundleError, match="not JSON"):
+        Manifest.from_json('{"figures": ' + "[" * 100_000)
 
 
 def test_a_file_listed_twice_is_refused():

@@ -137,7 +137,7 @@ def test_without_an_image_budget_the_processor_file_is_the_checkpoints_own(
 def test_an_image_budget_that_the_model_cannot_take_is_refused(
     tokens: int, tiny: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(ExportError, match=f"max_image_tokens is {tokens}, must be"):
+    with pytest.raises(ExportError, match=f"max_image_tokens is {tokens}, "):
         export(tiny, tmp_path / "out", max_image_tokens=tokens)
 
     assert list(tmp_path.glob("out*")) == []
@@ -547,3 +547,46 @@ def test_the_licence_of_the_checkpoint_is_carried_over(checkpoint_of: Checkpoint
     bundle = export(copy, tmp_path / "out")
 
     assert "\nlicense: mit\n" in (bundle.path / "README.md").read_text()
+
+
+# outputs and options that can never work
+
+
+@pytest.mark.parametrize("output", ["", " ", "a\0b"])
+def test_an_output_that_no_folder_can_have_is_refused(output: str, tiny: Path) -> None:
+    with pytest.raises(ExportError, match="name a folder"):
+        export(tiny, output)
+
+
+def test_an_output_whose_parent_cannot_be_made_is_refused_at_once(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def absent(path: Path, *args: object, **options: object) -> None:
+        raise FileNotFoundError(2, "No such file or directory", str(path))  # as /proc does
+
+    monkeypatch.setattr(Path, "mkdir", absent)
+
+    with pytest.raises(ExportError, match="cannot be made, where the bundle would grow"):
+        export(tiny, tmp_path / "out")
+
+
+def test_a_link_in_a_circle_is_refused_before_any_work(tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+
+    with pytest.raises(ExportError, match="leads nowhere"):
+        export(tiny, tmp_path / "loop")
+    assert [path.name for path in tmp_path.glob("loop*")] == ["loop"]
+
+
+def test_the_embedded_model_has_no_revision_either_when_it_is_meant_by_leaving_it_out(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="the embedded model has no revision 'main'"):
+        export(None, tmp_path / "out", revision="main")
+
+
+def test_a_recipe_with_a_rule_that_matches_nothing_is_refused(tiny: Path, tmp_path: Path) -> None:
+    path = tmp_path / "slip.toml"
+    path.write_text('base = "int4"\n[[rule]]\npattern = "model.layers.*"\nbits = 8\n', encoding="utf-8")
+
+    with pytest.raises(QuantError, match=r"slip: the rule for model\.layers\.\* matches no tensor"):
+        export(tiny, tmp_path / "out", recipe=path)
+    assert list(tmp_path.glob("out*")) == []

@@ -154,7 +154,6 @@ def test_patterns_are_case_sensitive():
         ("outer:7", list(range(10))),
         ("first:99", list(range(10))),
         ("0-2,7", [0, 1, 2, 7]),
-        ("12", []),
     ],
 )
 def test_a_rule_limited_to_layers_matches_those_only(layers, chosen):
@@ -164,6 +163,48 @@ def test_a_rule_limited_to_layers_matches_those_only(layers, chosen):
     names = [f"model.language_model.layers.{index}.mlp.down_proj.weight" for index in range(10)]
 
     assert [index for index, name in enumerate(names) if recipe.format_for(name)] == chosen
+
+
+@pytest.mark.parametrize("layers", ["12", "0-10", "0,9,10"])
+def test_layer_numbers_that_a_checkpoint_does_not_have_are_refused(layers):
+    rule = Rule("model.language_model.layers.*", INT8, layers)
+
+    with pytest.raises(QuantError, match="only 10 layers, 0-9"):
+        rule.for_layers(decoder=10, vision=24)
+
+
+def test_layers_of_a_pattern_that_matches_both_stacks_are_those_of_the_decoder():
+    recipe = Recipe("r", "float32", 4, (Rule("*down_proj.weight", INT8, "last:1"),))
+    recipe = recipe.for_layers(decoder=3, vision=9)
+
+    assert recipe.format_for("model.language_model.layers.2.mlp.down_proj.weight") == INT8
+    assert recipe.format_for("model.visual.blocks.2.mlp.down_proj.weight") is None
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_rule_of_a_preset_matches_something(name):
+    PRESETS[name].for_layers(decoder=40, vision=24).check_names(SHAPES)
+
+
+@pytest.mark.parametrize(
+    "pattern, form, layers, said",
+    [
+        ("model.language.layers.*", INT4, None, "matches no tensor"),
+        ("LM_HEAD.weight", None, None, "matches no tensor"),
+        ("lm_head.weight", INT4, "0-3", "in layers 0-3 matches no tensor"),
+        ("*norm*", INT8, None, "always stay float"),
+        ("model.visual.patch_embed.*", INT8, None, "always stay float"),
+    ],
+)
+def test_a_rule_that_decides_nothing_is_refused(pattern, form, layers, said):
+    recipe = Recipe("r", "float32", 4, (Rule(pattern, form, layers),))
+
+    with pytest.raises(QuantError, match=said):
+        recipe.for_layers(decoder=40, vision=24).check_names(SHAPES)
+
+
+def test_a_rule_that_keeps_what_is_float_anyway_is_fine():
+    Recipe("r", "float32", 4, (Rule("*norm*", None),)).check_names(SHAPES)
 
 
 def test_filled_in_layer_numbers_are_short_and_can_be_read_again():
@@ -237,10 +278,21 @@ def test_a_block_size_changes_all_rules_of_int8():
 
 
 @pytest.mark.parametrize("name", ["fp32", "fp16"])
-@pytest.mark.parametrize("change", [{"block_size": 32}, {"symmetric": True}])
+@pytest.mark.parametrize(
+    "change", [{"block_size": 32}, {"symmetric": True}, {"symmetric": False}, {"accuracy_level": 4}]
+)
 def test_a_block_size_for_a_recipe_without_blocks_is_refused(name, change):
     with pytest.raises(QuantError, match="means nothing"):
         PRESETS[name].with_(**change)
+
+
+@pytest.mark.parametrize("name, other", [("fp32", "float16"), ("fp16", "float32")])
+def test_activations_that_contradict_a_float_recipe_are_refused(name, other):
+    recipe = PRESETS[name]
+
+    with pytest.raises(QuantError, match=f"take the recipe fp{other.removeprefix('float')}"):
+        recipe.with_(activations=other)
+    assert recipe.with_(activations=recipe.activations) == recipe
 
 
 def test_with_changes_activations_and_accuracy_and_keeps_the_rest():
@@ -363,6 +415,9 @@ RULE = '[[rule]]\npattern = "*"\n'
     "text, said",
     [
         ("", "neither a"),
+        ('name = ""\nbase = "int4"', "empty name"),
+        ('accuracy_level = 4\nbase = "fp32"', "accuracy_level means nothing"),
+        (RULE + 'bits = 4\nlayers = "7-3"', "count upwards"),
         ('name = "x"', "neither a"),
         ("a = [", "is not TOML"),
         ("a = " + "[" * 100_000, "is not TOML"),

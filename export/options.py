@@ -1,0 +1,60 @@
+"""What may be chosen about an export, checked.
+
+In: what a caller names. Out: `ExportOptions`. Knows nothing of checkpoints; what depends on one, such as the
+smallest image budget, is checked once it is open.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from autoglm_edge.errors import ExportError
+from autoglm_edge.quantize.recipe import Activations, Recipe, resolve
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What may be chosen about an export, beside its source and its place.
+
+    Attributes:
+        recipe: which tensor gets which format.
+        max_image_tokens: most tokens per image; None keeps the checkpoint's budget.
+        resume: go on with an interrupted export, and fail if there is none.
+        force: start over, and replace a bundle that is there.
+    """
+
+    recipe: Recipe
+    max_image_tokens: int | None = None
+    resume: bool = False
+    force: bool = False
+
+    def __post_init__(self) -> None:
+        if self.max_image_tokens is not None and self.max_image_tokens < 1:
+            raise ExportError(f"max_image_tokens is {self.max_image_tokens}, must be at least 1")
+
+    @classmethod
+    def choose(
+        cls,
+        *,
+        precision: str,
+        recipe: str | Path | Recipe | None,
+        block_size: int | None,
+        symmetric: bool | None,
+        activations: Activations | None,
+        accuracy_level: int | None,
+        max_image_tokens: int | None,
+        resume: bool = False,
+        force: bool = False,
+    ) -> ExportOptions:
+        """Make options of what a caller names; a recipe goes before a precision.
+
+        Raises:
+            QuantError: unknown precision or recipe, or a value that does not fit it.
+            ExportError: a value out of range.
+        """
+        base = recipe if isinstance(recipe, Recipe) else resolve(precision if recipe is None else recipe)
+        changed = base.with_(
+            block_size=block_size, symmetric=symmetric, activations=activations, accuracy_level=accuracy_level
+        )
+        return cls(changed, max_image_tokens, resume, force)
