@@ -11,7 +11,7 @@ from importlib import import_module, metadata
 
 import click
 
-from autoglm_edge.cli_common import examples
+from autoglm_edge.cli_common import examples, tolerate_encodings
 
 PROGRAM = "autoglm"
 EXPORT_PROGRAM = "autoglm-export"
@@ -20,6 +20,8 @@ _COMMANDS = {
     "export": "autoglm_edge.cli_export",
     "run": "autoglm_edge.cli_run",
     "info": "autoglm_edge.cli_info",
+    "record": "autoglm_edge.cli_record",
+    "validate": "autoglm_edge.cli_validate",
 }
 """Each module has the command as an attribute of the command's name."""
 
@@ -75,11 +77,13 @@ cli = version_option(
 
 def main() -> None:
     """Run `autoglm`."""
+    tolerate_encodings()
     cli.main(prog_name=PROGRAM)
 
 
 def export_main() -> None:
     """Run `autoglm-export`, which is `autoglm export`."""
+    tolerate_encodings()
     export_command().main(prog_name=EXPORT_PROGRAM)
 
 

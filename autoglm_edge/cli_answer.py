@@ -6,6 +6,7 @@ answers and conversations.
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from autoglm_edge.cli_common import harmless
 from autoglm_edge.errors import ContextLengthError
 
 if TYPE_CHECKING:
@@ -78,10 +80,11 @@ def give_answer(
     """Print an answer while it is made."""
     pieces: list[str] = []
     last: Delta | None = None
+    terminal = sys.stdout.isatty()
     try:
         for last in _start(engine, messages, options, cancel):
             pieces.append(last.text)
-            click.echo(last.text, nl=False)
+            click.echo(harmless(last.text) if terminal else last.text, nl=False)
     finally:
         if last is not None:
             click.echo()
@@ -99,7 +102,7 @@ def _start(
         return engine.chat(messages, cancel=cancel, max_tokens=DEFAULT_MAX_TOKENS, **options)
     except ContextLengthError as error:
         if error.prompt_tokens >= error.limit:
-            raise
+            raise ContextLengthError(error.prompt_tokens, 1, error.limit) from None
         return engine.chat(messages, cancel=cancel, **options)
 
 

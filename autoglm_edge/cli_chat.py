@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -30,10 +30,12 @@ def hold_chat(engine: Engine, conversation: Conversation, text: str | None, opti
     """Read lines and answer them until /quit or the end of input."""
     terminal = sys.stdin.isatty()
     if terminal:
+        with suppress(ImportError):  # editing of lines, wide characters included; Windows has its own
+            import readline  # noqa: F401
         click.echo(_CHAT_HELP, err=True)
     while True:
         try:
-            line = text if text is not None else input("> " if terminal else "")
+            line = text if text is not None else _read_line(terminal)
         except EOFError:
             if terminal:
                 click.echo(err=True)
@@ -51,6 +53,18 @@ def hold_chat(engine: Engine, conversation: Conversation, text: str | None, opti
             _chat_command(conversation, line)
         elif line:
             _chat_turn(engine, conversation, line, options)
+
+
+def _read_line(terminal: bool) -> str:
+    """A line from stdin, without its end. The prompt never goes to a file.
+
+    Raises:
+        EOFError: there is none.
+    """
+    if terminal and not sys.stdout.isatty():
+        click.echo("> ", err=True, nl=False)
+        return input()
+    return input("> " if terminal else "")
 
 
 def _chat_command(conversation: Conversation, line: str) -> None:

@@ -6,7 +6,10 @@ results on stdout, everything else on stderr. Knows no command.
 
 from __future__ import annotations
 
+import errno
+import io
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -16,6 +19,8 @@ from typing import Any, ParamSpec, TypeVar
 import click
 
 from autoglm_edge.errors import BundleError, EdgeError
+
+_CONTROLS = {code: "\ufffd" for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"}
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C: 128 + SIGINT, as shells have it."""
@@ -31,16 +36,21 @@ class EdgeCommand(click.Command):
         """Run the command.
 
         Raises:
-            click.ClickException: an EdgeError happened; click prints it and exits with status 1.
+            click.ClickException: an EdgeError happened, or the system refuses something (a full disk);
+                click prints it and exits with status 1.
             click.exceptions.Exit: Ctrl-C, with status 130.
         """
         try:
             return super().invoke(ctx)
         except EdgeError as error:
-            raise click.ClickException(" ".join(str(error).split())) from error
+            raise click.ClickException(harmless(" ".join(str(error).split()))) from error
         except KeyboardInterrupt:
             click.echo("Interrupted", err=True)
             raise click.exceptions.Exit(INTERRUPTED) from None
+        except OSError as error:
+            if error.errno == errno.EPIPE:  # click ends quietly when a reader goes away
+                raise
+            raise click.ClickException(_os_reason(error)) from error
 
 
 def examples(*lines: str) -> str:
@@ -50,7 +60,67 @@ def examples(*lines: str) -> str:
 
 def print_json(document: Mapping[str, Any]) -> None:
     """One document as one line, so that it can be the last line of stdout."""
-    click.echo(json.dumps(document, ensure_ascii=False))
+    text = json.dumps(document, ensure_ascii=False)
+    try:
+        text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+    except (UnicodeEncodeError, LookupError):
+        text = json.dumps(document)  # the same document, in escapes
+    click.echo(text)
+
+
+def harmless(text: str) -> str:
+    """Text without control characters but newline and tab.
+
+    What a model says may come from a stranger's screen, and what a manifest says from a stranger: neither is
+    to move the cursor or set a title in the user's terminal.
+    """
+    return text.translate(_CONTROLS)
+
+
+def tolerate_encodings() -> None:
+    """A character that stdout or stderr cannot show, or stdin cannot read, is no traceback.
+
+    On stdout it becomes a question mark, on stderr an escape; bytes of stdin that are no text stay in it as
+    lone surrogates, which the runtime refuses by name.
+    """
+    for stream, errors in (
+        (sys.stdin, "surrogateescape"),
+        (sys.stdout, "replace"),
+        (sys.stderr, "backslashreplace"),
+    ):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=errors)
+
+
+def as_unicode(text: str) -> str:
+    """An argument as the UTF-8 that it is, also where the locale is not UTF-8."""
+    try:
+        text.encode("utf-8")
+        return text
+    except UnicodeEncodeError:
+        try:
+            return os.fsencode(text).decode("utf-8")
+        except UnicodeError:
+            return text  # no UTF-8 either: whoever uses it says so
+
+
+def read_stdin() -> str:
+    """All of standard input as text.
+
+    Raises:
+        click.UsageError: it is empty, or not UTF-8.
+    """
+    try:
+        text = sys.stdin.buffer.read().decode("utf-8-sig").strip()
+    except UnicodeDecodeError as error:
+        raise click.UsageError(f"standard input is not UTF-8 text (byte {error.start})") from error
+    if not text:
+        raise click.UsageError("standard input is empty, so there is nothing to answer")
+    return text
+
+
+def _os_reason(error: OSError) -> str:
+    return f"{error.filename or 'a read or a write'} failed: {error.strerror or error}"
 
 
 def check_is_bundle(path: Path) -> None:

@@ -7,6 +7,7 @@ of how an export works.
 from __future__ import annotations
 
 import re
+import shlex
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -35,7 +36,7 @@ _BYTES_STAGES = {"weights": "Weights", "hash": "Checking"}
 @click.option(
     "-o",
     "--output",
-    type=click.Path(path_type=Path),
+    metavar="PATH",
     help="Folder of the bundle. [default: ./MODEL-PRECISION]",
 )
 @click.option("--int4", is_flag=True, help="Store the decoder in 4 bits and the rest in 8. The default.")
@@ -63,7 +64,7 @@ _BYTES_STAGES = {"weights": "Weights", "hash": "Checking"}
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document as the last line.")
 def export(
     model: str | None,
-    output: Path | None,
+    output: str | None,
     int4: bool,
     int8: bool,
     fp16: bool,
@@ -94,7 +95,9 @@ def export(
     precision = chosen[0] if chosen else "int4"
     if model is None:
         click.echo(f"No MODEL given: taking {POCKET}, the small model that comes with this package", err=True)
-    output = output or Path(default_output(model, recipe or precision))
+    if output is not None and not output.strip():
+        raise click.UsageError("the output is empty; name a folder that does not exist yet")
+    place = Path(output or default_output(model, recipe or precision))
     options: dict[str, Any] = {
         "precision": precision,
         "block_size": int(block_size) if block_size else None,
@@ -110,14 +113,14 @@ def export(
     pipeline = _pipeline()
     progress = ProgressLine()
     if estimate:
-        report = pipeline.estimate(model, output, **options)
+        report = pipeline.estimate(model, place, **options)
         click.echo(report.to_table())
         if as_json:
             click.echo(report.to_json())
         return
     started = time.monotonic()
     try:
-        bundle = pipeline.export(model, output, progress=lambda event: _show(progress, event), **options)
+        bundle = pipeline.export(model, place, progress=lambda event: _show(progress, event), **options)
     except KeyboardInterrupt:
         progress.say("Stopped; run the same command again to go on from here")
         raise
@@ -127,11 +130,14 @@ def export(
     manifest = bundle.manifest
     for name, part in manifest.parts.items():
         click.echo(f"{name:10} {format_bytes(part.weight_bytes):>10}")
-    click.echo(f"{'bundle':10} {format_bytes(manifest.total_bytes):>10}  {output}")
+    click.echo(f"{'bundle':10} {format_bytes(manifest.total_bytes):>10}  {place}")
+    progress.say(
+        f"Done in {seconds:.0f} s; ask it with: autoglm run {shlex.quote(str(place))} --image SCREENSHOT TASK"
+    )
     if as_json:
         print_json(
             {
-                "bundle": str(output),
+                "bundle": str(place),
                 "model": manifest.source.model,
                 "recipe": manifest.recipe.get("name"),
                 "total_bytes": manifest.total_bytes,

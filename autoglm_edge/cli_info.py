@@ -17,6 +17,7 @@ from autoglm_edge.cli_common import (
     check_is_bundle,
     examples,
     format_bytes,
+    harmless,
     print_json,
 )
 
@@ -109,4 +110,4 @@ def _print_table(bundle: Bundle) -> None:
     rows += [(f"figure {name}", str(value)) for name, value in manifest.figures.items()]
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
-        click.echo(f"{name:{width}}  {value}")
+        click.echo(harmless(f"{name:{width}}  {value}"))

@@ -6,7 +6,6 @@ times. A skin over `Engine.chat`.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -23,7 +22,14 @@ from autoglm_edge.cli_answer import (
     print_summary,
 )
 from autoglm_edge.cli_chat import hold_chat
-from autoglm_edge.cli_common import EdgeCommand, check_is_bundle, examples, print_json
+from autoglm_edge.cli_common import (
+    EdgeCommand,
+    as_unicode,
+    check_is_bundle,
+    examples,
+    print_json,
+    read_stdin,
+)
 from autoglm_edge.errors import EdgeError, RequestError
 
 if TYPE_CHECKING:
@@ -126,6 +132,8 @@ def run(
     of the screen's width and height.
     """
     _check_usage(text, images, chat=chat, draw=draw, as_json=as_json)
+    text = None if text is None else as_unicode(text)
+    stop = tuple(as_unicode(item) for item in stop)
     sampling = {
         "temperature": temperature,
         "top_p": top_p,
@@ -137,10 +145,12 @@ def run(
         "seed": seed,
     }
     given = {name: value for name, value in sampling.items() if value is not None}
-    _check_sampling(given)
+    _check_sampling(given, stop)
     options: dict[str, Any] = {**given, "stop": stop}
     if max_tokens is not None:
         options["max_tokens"] = max_tokens
+    if text == "-" and not chat:
+        text = read_stdin()
     conversation = Conversation(_read_system(system))
     conversation.reset()
     check_is_bundle(bundle)
@@ -160,7 +170,7 @@ def run(
         if chat:
             hold_chat(engine, conversation, text, options)
             return
-        conversation.ask(sys.stdin.read().strip() if text == "-" else text or "")
+        conversation.ask(text or "")
         answer = give_answer(engine, conversation.messages, options, cancel=None)
     _report(answer, screen, bundle, draw, as_json)
 
@@ -192,14 +202,18 @@ def _check_usage(
             raise click.UsageError(f"--draw {draw} does not end in a picture format such as .png")
         if not draw.resolve().parent.is_dir():
             raise click.UsageError(f"--draw {draw}: the folder {draw.parent} does not exist")
+        if draw.resolve() in [image.resolve() for image in images]:
+            raise click.UsageError(f"--draw {draw} would overwrite a picture of --image; name another file")
 
 
-def _check_sampling(values: dict[str, Any]) -> None:
+def _check_sampling(values: dict[str, Any], stop: Sequence[str]) -> None:
     """Refuse values out of range as wrong usage, before a bundle is loaded."""
     from autoglm_edge.runtime.sampling import SamplingParams
+    from autoglm_edge.runtime.stops import StopText
 
     try:
         SamplingParams(**values)
+        StopText(stop)
     except RequestError as error:
         raise click.UsageError(str(error)) from error
 
@@ -207,11 +221,16 @@ def _check_sampling(values: dict[str, Any]) -> None:
 def _read_system(system: str | None) -> str | None:
     """The text itself, or of the file after @."""
     if system is None or not system.startswith("@"):
-        return system
+        return None if system is None else as_unicode(system)
     try:
         return Path(system[1:]).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise click.UsageError(f"--system {system}: the file cannot be read ({error})") from error
+    except OSError as error:
+        reason = error.strerror or error
+        raise click.UsageError(f"--system {system}: the file cannot be read ({reason})") from error
+    except UnicodeDecodeError as error:
+        raise click.UsageError(
+            f"--system {system}: the file is not UTF-8 text (byte {error.start})"
+        ) from error
 
 
 def _report(answer: Answer, screen: Image | None, bundle: Path, draw: Path | None, as_json: bool) -> None:

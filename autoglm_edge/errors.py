@@ -5,6 +5,7 @@
     ├── ExportError            an export cannot start or go on (disk, existing output, wrong resume)
     ├── QuantError             a recipe or a number format does not fit
     ├── BundleError            a bundle is missing, foreign, incomplete or damaged
+    ├── ParityError            a reference is missing, foreign or damaged, or is not one of this bundle
     ├── DeviceError            the device asked for is not there
     ├── DependencyError        an optional part is not installed
     └── RequestError           what the caller asked for cannot be done
@@ -41,6 +42,10 @@ class QuantError(EdgeError):
 
 class BundleError(EdgeError):
     """A bundle is missing, of another format, incomplete or damaged."""
+
+
+class ParityError(EdgeError):
+    """A recorded reference is missing, foreign or damaged, or belongs to another model than the bundle."""
 
 
 class DeviceError(EdgeError):

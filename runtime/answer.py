@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from typing import Literal
 
@@ -71,3 +72,36 @@ class Delta:
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
     timings: Timings | None = None
+
+
+class Clock:
+    """Moments of one answer; it starts when it is made."""
+
+    def __init__(self) -> None:
+        self._started = time.perf_counter()
+        self._images = self._prefill = self._first = self._last = self._started
+
+    def images_done(self) -> None:
+        """All images are encoded, or there are none."""
+        self._images = time.perf_counter()
+
+    def prefill_done(self) -> None:
+        """The prompt is in the cache."""
+        self._prefill = time.perf_counter()
+
+    def token_done(self, count: int) -> None:
+        """The token of that number, from 1, is sampled."""
+        self._last = time.perf_counter()
+        if count == 1:
+            self._first = self._last
+
+    def timings(self, prompt_tokens: int, sampled: int) -> Timings:
+        """The times between those moments; what never came took 0 ms."""
+        return Timings(
+            image_ms=1e3 * (self._images - self._started),
+            prefill_ms=1e3 * (self._prefill - self._images),
+            decode_ms=1e3 * (self._last - self._first),
+            ttft_ms=1e3 * (self._first - self._started),
+            prompt_tokens=prompt_tokens,
+            decoded_tokens=max(0, sampled - 1),
+        )

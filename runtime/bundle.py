@@ -128,6 +128,8 @@ class Bundle:
 
 def _folder(path: str | os.PathLike[str]) -> Path:
     """The folder as an absolute path without links, or the reason why it cannot be a bundle."""
+    if not isinstance(path, (str, os.PathLike)):
+        raise BundleError(f"the bundle is given as {type(path).__name__}, must be the path of a folder")
     given = os.fspath(path)
     try:
         folder = Path(given).resolve()

@@ -11,7 +11,7 @@ import numpy as np
 import onnxruntime as ort
 
 from .manifest import Manifest
-from .session import Device
+from .session import Device, run_errors
 
 
 class KVCache:
@@ -23,16 +23,22 @@ class KVCache:
     """
 
     def __init__(self, manifest: Manifest, capacity: int, device: Device = "cpu") -> None:
+        """Reserve the buffers.
+
+        Raises:
+            DeviceError: there is not enough memory.
+        """
         geometry = manifest.geometry
         self.capacity = capacity
         self.length = 0
         shape = [1, geometry.kv_heads, capacity, geometry.head_dim]
         dtype = np.dtype(manifest.kv_dtype)
-        self._values = {
-            f"{layer}.{kind}": ort.OrtValue.ortvalue_from_shape_and_type(shape, dtype, device, 0)
-            for layer in range(geometry.layers)
-            for kind in ("key", "value")
-        }
+        with run_errors(f"a context of {capacity} tokens"):
+            self._values = {
+                f"{layer}.{kind}": ort.OrtValue.ortvalue_from_shape_and_type(shape, dtype, device, 0)
+                for layer in range(geometry.layers)
+                for kind in ("key", "value")
+            }
 
     @property
     def past(self) -> dict[str, ort.OrtValue]:

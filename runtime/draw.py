@@ -30,8 +30,15 @@ _FONTS = (
     "Hiragino Sans GB.ttc",
     "msyh.ttc",
     "simhei.ttf",
+    "Arial Unicode.ttf",
+    "DejaVuSans.ttf",
 )
-"""Fonts with Chinese characters on Linux, macOS and Windows, looked for by file name; none is shipped."""
+"""Fonts of Linux, macOS and Windows, those with Chinese characters first, looked for by file name; none is
+shipped, and Pillow's own, the last resort, has little more than ASCII."""
+
+_NO_CHARACTER = "\U0010ffff"
+"""A code point that stands for nothing, and so shows what a font draws for lack of a glyph."""
+_BLANKS = frozenset(" \t\r\n\u3000")
 
 _Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
@@ -63,7 +70,7 @@ def draw_action(image: Image.Image, action: Action) -> Image.Image:
             _disc(draw, center, 2.5 * unit, unit)
         _label(draw, image.size, action.element, unit)
     else:
-        _caption(draw, image.size, str(action), unit)
+        _caption(draw, image.size, action, unit)
     return copy
 
 
@@ -136,14 +143,14 @@ def _label(draw: ImageDraw.ImageDraw, size: tuple[int, int], point: Point, unit:
     draw.text((x + pad - left, y + pad - top), text, font=font, fill=_EDGE)
 
 
-def _caption(draw: ImageDraw.ImageDraw, size: tuple[int, int], text: str, unit: float) -> None:
+def _caption(draw: ImageDraw.ImageDraw, size: tuple[int, int], action: Action, unit: float) -> None:
     """A strip along the lower edge with the action as text, broken into lines that fit."""
     font = _font(max(9, round(4 * unit)))
     pad = max(2, round(2 * unit))
-    text = " ".join(text.split())
+    text = _words(action, font)
     if len(text) > _CAPTION_CHARACTERS:
         text = text[: _CAPTION_CHARACTERS - 1] + "…"
-    lines = _lines(draw, _showable(text, font), font, size[0] - 2 * pad)
+    lines = _lines(draw, text, font, size[0] - 2 * pad)
     box = draw.textbbox((0, 0), "Äg", font=font)
     step = round((box[3] - box[1]) * 1.35)
     lines = lines[: max(1, (size[1] - 2 * pad) // max(1, step))]
@@ -177,8 +184,19 @@ def _font(size: int) -> _Font:
     return ImageFont.load_default(size)
 
 
-def _showable(text: str, font: _Font) -> str:
-    """Text with a question mark for what Pillow's own font, the fallback, cannot show."""
-    if isinstance(font, ImageFont.FreeTypeFont) and isinstance(font.path, str):
-        return text
-    return "".join(character if ord(character) < 0x250 or character == "…" else "?" for character in text)
+def _words(action: Action, font: _Font) -> str:
+    """The action as the model writes it; a text with characters that the font lacks is left out."""
+    shown = tuple(
+        (name, "…" if isinstance(value, str) and not _covers(font, value) else value)
+        for name, value in action.arguments
+    )
+    return " ".join(str(Action(action.kind, shown)).split())
+
+
+def _covers(font: _Font, text: str) -> bool:
+    """Whether every character has a glyph, hence does not look like one that no font has."""
+    try:
+        missing = bytes(font.getmask(_NO_CHARACTER))
+        return all(bytes(font.getmask(character)) != missing for character in set(text) - _BLANKS)
+    except UnicodeEncodeError:  # Pillow without FreeType has Latin-1 only
+        return text.isascii()

@@ -9,9 +9,9 @@ bundle.
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from numbers import Integral
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -20,17 +20,19 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from autoglm_edge.errors import ContextLengthError, RequestError
+from autoglm_edge.errors import BundleError, ContextLengthError, RequestError
 
-from .answer import Delta, FinishReason, Timings, Usage
+from .answer import Clock, Delta, FinishReason, Usage
 from .bundle import Bundle
+from .cache import KVCache
+from .image import PatchedImage
 from .messages import read_messages
 from .model import Model
 from .prompt import Prompt, build_prompt, prompt_from_ids, prompt_ids
 from .sampling import Sampler, SamplingParams
 from .session import Device, SessionOptions
-from .stops import StopText
-from .template import ChatTemplate, ImageLayout
+from .stops import StopText, read_stops
+from .template import IMAGE_LAYOUTS, ChatTemplate, ImageLayout
 from .tokenizer import StreamDecoder, Tokenizer
 
 DEFAULT_CONTEXT = 25480
@@ -69,25 +71,36 @@ class Engine:
             context: tokens to hold; default the model's, at most DEFAULT_CONTEXT.
             image_layout: "plain" puts text right after an image, as the checkpoint's template does; "newline"
                 puts a newline between them, as vLLM's string content format does.
-            max_image_tokens: lowers the pixel budget of the bundle for this engine.
+            max_image_tokens: most tokens of a picture; lowers the bundle's pixel budget, never raises it.
 
         Raises:
+            BundleError: graphs, tokenizer and manifest are not of one export.
+            DeviceError: the device is not there, or has not enough memory.
             RequestError: an option is outside what the bundle allows.
         """
         manifest = bundle.manifest
         limit = manifest.geometry.context_length
         self.bundle = bundle
-        self.context = min(limit, DEFAULT_CONTEXT) if context is None else context
-        if not 1 <= self.context <= limit:
-            raise RequestError(f"context is {context}, but this model has positions for 1 to {limit} tokens")
+        if context is not None and not (_is_whole(context) and 1 <= context <= limit):
+            raise RequestError(
+                f"context is {context!r}, but this model has positions for 1 to {limit} tokens"
+            )
+        self.context = min(limit, DEFAULT_CONTEXT) if context is None else int(context)
+        if image_layout not in IMAGE_LAYOUTS:
+            raise RequestError(f"image_layout is {image_layout!r}, must be one of {', '.join(IMAGE_LAYOUTS)}")
+        if max_image_tokens is not None and not _is_whole(max_image_tokens):
+            raise RequestError(f"max_image_tokens is {max_image_tokens!r}, must be an integer")
+        if max_image_tokens is not None and max_image_tokens >= manifest.image.max_tokens:
+            max_image_tokens = None
         self.image_layout: ImageLayout = image_layout
         self.image = (
             manifest.image if max_image_tokens is None else manifest.image.with_max_tokens(max_image_tokens)
         )
         self.tokenizer = Tokenizer.from_folder(bundle.path)
+        _check_ids(bundle, self.tokenizer)
         self.template = ChatTemplate.from_folder(bundle.path)
-        self._model = Model(bundle, options or SessionOptions())
-        self._cache = self._model.new_cache(self.context)
+        self._model: Model | None = Model(bundle, options or SessionOptions())
+        self._cache: KVCache | None = self._model.new_cache(self.context)
         self._busy = threading.Lock()
 
     @classmethod
@@ -125,8 +138,8 @@ class Engine:
         self.close()
 
     def close(self) -> None:
-        """Free sessions and cache. The engine cannot be used afterwards."""
-        del self._model, self._cache
+        """Free sessions and cache; an answer under way ends with an error, and no other can begin."""
+        self._model = self._cache = None
 
     def prompt(self, messages: Sequence[Mapping[str, Any]], *, max_tokens: int = 1) -> Prompt:
         """Messages as the model will see them: ids, patched images and positions.
@@ -171,14 +184,15 @@ class Engine:
         presence_penalty: float = 0.0,
         logit_bias: Mapping[int, float] | None = None,
         seed: int | None = None,
-        stop: str | Sequence[str] = (),
+        stop: str | Sequence[str] | None = (),
         cancel: threading.Event | None = None,
     ) -> Iterator[Delta]:
         """Answer a conversation; greedy unless a temperature is given.
 
         Everything that can be wrong with the request is found before the iterator is returned, so an error
-        comes from this call and not from the first step. Closing the iterator, or setting `cancel`, ends the
-        work within one decoder run.
+        comes from this call and not from the first step. Work begins with that step, and the engine is taken
+        until the iterator ends, is closed or is forgotten. Closing it, or setting `cancel`, ends the work
+        within one run of a graph.
 
         Args:
             messages: OpenAI-style, images as PIL, bytes, path or data URI.
@@ -193,13 +207,15 @@ class Engine:
             logit_bias: added to the logits, by token id.
             seed: makes sampling repeatable.
             stop: strings that end the answer and are not part of it.
-            cancel: checked before each decoder run.
+            cancel: checked before each image and each decoder run.
 
         Raises:
-            RequestError: a message, an image or an option is wrong.
+            RequestError: a message, an image or an option is wrong, or the engine is closed. From the first
+                step: the engine is giving another answer.
             ContextLengthError: prompt and answer do not fit.
         """
-        clock = _Clock()
+        self._parts()
+        clock = Clock()
         params = SamplingParams(
             temperature=temperature,
             top_p=top_p,
@@ -211,13 +227,15 @@ class Engine:
             logit_bias=logit_bias or {},
             seed=seed,
         )
-        if max_tokens is not None and max_tokens < 1:
-            raise RequestError(f"max_tokens is {max_tokens}, must be at least 1")
-        stops = StopText((*GUARD_STOPS, *([stop] if isinstance(stop, str) else stop)))
+        if max_tokens is not None and not (_is_whole(max_tokens) and max_tokens >= 1):
+            raise RequestError(f"max_tokens is {max_tokens!r}, must be an integer of at least 1")
+        if cancel is not None and not callable(getattr(cancel, "is_set", None)):
+            raise RequestError(f"cancel is {cancel!r}, must be an event such as threading.Event()")
+        stops = StopText((*GUARD_STOPS, *read_stops(stop)))
         prompt = self.prompt(messages, max_tokens=max_tokens or 1)
         sampler = Sampler(params, vocab=self.tokenizer.vocab_size, prompt_ids=prompt.ids)
         budget = max_tokens or self.context - len(prompt.ids)
-        return self._answer(prompt, sampler, stops, budget, cancel or threading.Event(), clock)
+        return self._answer(prompt, sampler, stops, budget, _Cancel(cancel), clock)
 
     def score(
         self,
@@ -234,9 +252,28 @@ class Engine:
             RequestError: placeholders and images do not agree, or an id is unknown.
             ContextLengthError: the sequence does not fit.
         """
-        prompt = prompt_from_ids(
-            np.asarray(input_ids, np.int64), images, image=self.image, tokens=self.bundle.manifest.tokens
-        )
+        return np.concatenate(list(self.score_chunks(input_ids, images)))
+
+    def score_chunks(
+        self,
+        input_ids: Sequence[int] | NDArray[np.int64],
+        images: Sequence[Image.Image | bytes | str | Path] = (),
+    ) -> Iterator[NDArray[np.float32]]:
+        """The rows of `score` a few at a time, so that T * V logits never lie in memory together.
+
+        Args:
+            input_ids: as in `score`.
+            images: as in `score`.
+
+        Returns:
+            Iterator of (t, V), in order. What is wrong with the request is said by this call.
+
+        Raises:
+            RequestError: placeholders and images do not agree, or an id is unknown.
+            ContextLengthError: the sequence does not fit.
+        """
+        self._parts()
+        prompt = prompt_from_ids(input_ids, images, image=self.image, tokens=self.bundle.manifest.tokens)
         vocab = self.bundle.manifest.geometry.vocab
         if not 0 <= prompt.ids.min() <= prompt.ids.max() < vocab:
             raise RequestError(
@@ -245,11 +282,15 @@ class Engine:
             )
         if len(prompt.ids) > self.context:
             raise ContextLengthError(len(prompt.ids), 0, self.context)
+        return self._score(prompt)
+
+    def encode_image(self, image: PatchedImage) -> NDArray[np.float32]:
+        """Vision features (N, C) of one image, as the decoder gets them."""
+        return self._parts()[0].encode_image(image).astype(np.float32, copy=False)
+
+    def _score(self, prompt: Prompt) -> Iterator[NDArray[np.float32]]:
         with self._claim():
-            features = self._encode(prompt)
-            return np.concatenate(
-                list(self._prefill(prompt, features, SCORE_CHUNK, threading.Event(), keep=0))
-            )
+            yield from self._prefill(prompt, SCORE_CHUNK, _Cancel(None), Clock(), keep=0)
 
     def _answer(
         self,
@@ -257,8 +298,8 @@ class Engine:
         sampler: Sampler,
         stops: StopText,
         budget: int,
-        cancel: threading.Event,
-        clock: _Clock,
+        cancel: _Cancel,
+        clock: Clock,
     ) -> Iterator[Delta]:
         """Prefill, then sample and decode until something ends it. The last delta carries the counts."""
         eos = frozenset(self.bundle.manifest.tokens.eos)
@@ -267,10 +308,8 @@ class Engine:
         ids: tuple[int, ...] = ()
         reason: FinishReason | None = None
         with self._claim():
-            features = self._encode(prompt)
-            clock.images_done()
             logits = None
-            for scored in self._prefill(prompt, features, PREFILL_CHUNK, cancel, keep=1):
+            for scored in self._prefill(prompt, PREFILL_CHUNK, cancel, clock, keep=1):
                 logits = scored
             clock.prefill_done()
             while reason is None:
@@ -290,40 +329,49 @@ class Engine:
                     break
                 yield Delta(text, ids)
                 position = np.full((3, 1), prompt.next_position + sampled - 1, np.int64)
-                logits = self._model.forward(
-                    self._model.embed(np.array(ids, np.int64)), position, self._cache
-                )
+                model, cache = self._parts()
+                logits = model.forward(model.embed(np.array(ids, np.int64)), position, cache)
         usage = Usage(len(prompt.ids), prompt.image_tokens, sampled)
         yield Delta(text + _rest(decoder, stops), ids, reason, usage, clock.timings(len(prompt.ids), sampled))
 
-    def _encode(self, prompt: Prompt) -> NDArray[np.floating] | None:
-        """Features (N, C) of all images of a prompt, or None if it has none."""
-        if not prompt.images:
-            return None
-        return np.concatenate([self._model.encode_image(image) for image in prompt.images])
+    def _encode(self, images: Sequence[PatchedImage], cancel: _Cancel) -> NDArray[np.floating] | None:
+        """Features (N, C) of all images of a prompt; None without images, or when cancelled."""
+        features = []
+        for image in images:
+            if cancel.is_set():
+                return None
+            features.append(self._parts()[0].encode_image(image))
+        return np.concatenate(features) if features else None
 
     def _prefill(
-        self,
-        prompt: Prompt,
-        features: NDArray[np.floating] | None,
-        chunk: int,
-        cancel: threading.Event,
-        keep: int,
+        self, prompt: Prompt, chunk: int, cancel: _Cancel, clock: Clock, keep: int
     ) -> Iterator[NDArray[np.float32]]:
         """Fill an empty cache chunk by chunk; yields logits of each chunk's last position, or all (0)."""
-        self._cache.clear()
+        features = self._encode(prompt.images, cancel)
+        clock.images_done()
+        self._parts()[1].clear()
         is_image = prompt.ids == self.bundle.manifest.tokens.image
         used = 0
         for start in range(0, len(prompt.ids), chunk):
             if cancel.is_set():
                 return
+            model, cache = self._parts()
             part = slice(start, start + chunk)
             count = int(is_image[part].sum())
             own = None if features is None else features[used : used + count]
             used += count
-            yield self._model.forward(
-                self._model.embed(prompt.ids[part], own), prompt.positions[:, part], self._cache, keep
-            )
+            yield model.forward(model.embed(prompt.ids[part], own), prompt.positions[:, part], cache, keep)
+
+    def _parts(self) -> tuple[Model, KVCache]:
+        """The graphs and the cache.
+
+        Raises:
+            RequestError: the engine is closed.
+        """
+        model, cache = self._model, self._cache
+        if model is None or cache is None:
+            raise RequestError("this engine is closed; load the bundle again")
+        return model, cache
 
     @contextmanager
     def _claim(self) -> Iterator[None]:
@@ -338,36 +386,44 @@ class Engine:
             self._busy.release()
 
 
-class _Clock:
-    """Moments of one answer."""
+class _Cancel:
+    """A cancel event that stays set, so that one which is set and cleared ends an answer all the same."""
 
-    def __init__(self) -> None:
-        self._started = time.perf_counter()
-        self._images = self._prefill = self._first = self._last = self._started
+    def __init__(self, event: threading.Event | None) -> None:
+        self._event = event
+        self._seen = False
 
-    def images_done(self) -> None:
-        self._images = time.perf_counter()
-
-    def prefill_done(self) -> None:
-        self._prefill = time.perf_counter()
-
-    def token_done(self, count: int) -> None:
-        self._last = time.perf_counter()
-        if count == 1:
-            self._first = self._last
-
-    def timings(self, prompt_tokens: int, sampled: int) -> Timings:
-        return Timings(
-            image_ms=1e3 * (self._images - self._started),
-            prefill_ms=1e3 * (self._prefill - self._images),
-            decode_ms=1e3 * (self._last - self._first),
-            ttft_ms=1e3 * (self._first - self._started),
-            prompt_tokens=prompt_tokens,
-            decoded_tokens=max(0, sampled - 1),
-        )
+    def is_set(self) -> bool:
+        self._seen = self._seen or (self._event is not None and self._event.is_set())
+        return self._seen
 
 
 def _rest(decoder: StreamDecoder, stops: StopText) -> str:
     """What was held back when an answer ends: an incomplete character, the beginning of a stop string."""
     text, stopped = stops.push(decoder.flush())
     return text if stopped else text + stops.flush()
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _check_ids(bundle: Bundle, tokenizer: Tokenizer) -> None:
+    """Every id that can be fed or sampled must have a row in embedding and head.
+
+    Raises:
+        BundleError: tokenizer.json or manifest.json names an id beyond.
+    """
+    vocab, tokens = bundle.manifest.geometry.vocab, bundle.manifest.tokens
+    if tokenizer.vocab_size > vocab:
+        raise BundleError(
+            f"{bundle.path}: tokenizer.json has ids up to {tokenizer.vocab_size - 1}, but the decoder scores "
+            f"{vocab}; they are not of one export, export the checkpoint again"
+        )
+    meant = {"image": tokens.image, "image_start": tokens.image_start, "image_end": tokens.image_end}
+    for name, token in [*meant.items(), *(("eos", token) for token in tokens.eos)]:
+        if token >= vocab:
+            raise BundleError(
+                f"{bundle.path}: manifest.json names {token} as {name} token, but the decoder scores "
+                f"{vocab} ids; export the checkpoint again"
+            )

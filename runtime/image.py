@@ -60,18 +60,33 @@ _TURNS = {
 class PatchedImage:
     """One image, ready for the vision graph.
 
+    Kept as bytes, an eighth of the numbers that the graph takes: those exist only while it runs.
+
     Attributes:
-        pixel_values: (P, spec.patch_dim) float32; rows in merge-block order, so that merge_size ** 2
-            consecutive rows make one token; a row is channel, frame, y, x.
+        patches: (P, 3, side, side) uint8, a patch a row, in merge-block order, so that merge_size ** 2
+            consecutive rows make one token.
+        values: (3, 256) float32, what each byte of each channel becomes.
+        frames: of a patch; every frame of a still image is the same.
         grid: (1, height, width) in patches.
         tokens: N, image tokens in the prompt.
         original_size: (width, height) in pixels of the upright picture.
     """
 
-    pixel_values: NDArray[np.float32]
+    patches: NDArray[np.uint8]
+    values: NDArray[np.float32]
+    frames: int
     grid: tuple[int, int, int]
     tokens: int
     original_size: tuple[int, int]
+
+    @property
+    def pixel_values(self) -> NDArray[np.float32]:
+        """(P, spec.patch_dim) float32, made anew; a row is channel, frame, y, x."""
+        count, channels, height, width = self.patches.shape
+        rows = np.empty((count, channels, self.frames, height, width), dtype=np.float32)
+        for channel in range(channels):
+            rows[:, channel] = self.values[channel][self.patches[:, channel, np.newaxis]]
+        return rows.reshape(count, -1)
 
 
 def load_image(source: Image.Image | bytes | bytearray | str | Path) -> Image.Image:
@@ -202,16 +217,12 @@ def patchify(image: Image.Image, spec: ImageSpec) -> PatchedImage:
 
     merge, side = spec.merge_size, spec.patch_size
     blocks_y, blocks_x = height // (side * merge), width // (side * merge)
-    table = _normalised_bytes(spec)
-    rows = np.empty(
-        (blocks_y, blocks_x, merge, merge, 3, spec.temporal_patch_size, side, side), dtype=np.float32
-    )
-    for channel in range(3):
-        plane = resized[:, :, channel].reshape(blocks_y, merge, side, blocks_x, merge, side)
-        values = table[channel][plane.transpose(0, 3, 1, 4, 2, 5)]
-        rows[:, :, :, :, channel] = values[:, :, :, :, np.newaxis]  # every frame of a still image is the same
+    split = resized.reshape(blocks_y, merge, side, blocks_x, merge, side, 3)
+    patches = split.transpose(0, 3, 1, 4, 6, 2, 5).reshape(-1, 3, side, side)
     grid = (1, blocks_y * merge, blocks_x * merge)
-    return PatchedImage(rows.reshape(-1, spec.patch_dim), grid, count_tokens(grid, spec), image.size)
+    tokens = count_tokens(grid, spec)
+    frames = spec.temporal_patch_size
+    return PatchedImage(patches, _normalised_bytes(spec), frames, grid, tokens, image.size)
 
 
 @functools.lru_cache(maxsize=8)

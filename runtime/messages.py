@@ -119,7 +119,7 @@ def _read_message(message: Any, where: str) -> Message:
     if not isinstance(message, Mapping):
         raise PromptError(f"{where} is {type(message).__name__}, must be an object with role and content")
     for key, value in message.items():
-        if key not in _SILENT_KEYS and value not in (None, [], {}, ""):
+        if key not in _SILENT_KEYS and not _is_empty(value):
             raise PromptError(f"{where} has the key {key!r}, which the model cannot see; remove it")
     role = message.get("role")
     if role not in ROLES:
@@ -134,6 +134,10 @@ def _read_message(message: Any, where: str) -> Message:
     return Message(
         role, tuple(_read_part(part, f"{where}.content[{index}]") for index, part in enumerate(content))
     )
+
+
+def _is_empty(value: Any) -> bool:
+    return value is None or (isinstance(value, (str, list, tuple, Mapping)) and not value)
 
 
 def _read_part(part: Any, where: str) -> TextPart | ImagePart:

@@ -134,13 +134,18 @@ def prompt_from_ids(
         PromptError: not a list of ids, or placeholders that fit neither form.
         ImageError: an image cannot be used.
     """
-    array = np.asarray(ids)
+    try:
+        array = np.asarray(ids)
+    except (ValueError, TypeError) as error:  # rows of different lengths, or something that is no array
+        raise PromptError(f"token ids are no list of integers ({error})") from error
     if array.ndim != 1 or array.size == 0 or not np.issubdtype(array.dtype, np.integer):
         raise PromptError(
             f"token ids are {array.dtype} of the shape {array.shape}, must be a non-empty list of integers"
         )
     if array.min() < 0:
         raise PromptError(f"token ids hold {array.min()}, must not be negative")
+    if not isinstance(images, Sequence) or isinstance(images, (str, bytes, bytearray)):
+        raise PromptError(f"images is {type(images).__name__}, must be a list of images")
     array = array.astype(np.int64)
     patched = tuple(patchify(load_image(picture), image) for picture in images)
     counts = [picture.tokens for picture in patched]

@@ -6,18 +6,21 @@ In: the file of a graph. Out: an `onnxruntime.InferenceSession`. Knows nothing o
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import onnxruntime as ort
-from onnxruntime.capi.onnxruntime_pybind11_state import OrtValueVector
+from numpy.typing import NDArray
 
 from autoglm_edge.errors import BundleError, DeviceError
 
 Device = Literal["cpu", "cuda"]
 PROVIDERS: dict[str, str] = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+MAX_THREADS = 1024
+_MEMORY_SIGNS = ("allocate memory", "bad_alloc", "out of memory")
 
 
 @dataclass(frozen=True)
@@ -33,10 +36,11 @@ class SessionOptions:
     threads: int = 0
 
     def __post_init__(self) -> None:
-        if self.device not in PROVIDERS:
+        if not isinstance(self.device, str) or self.device not in PROVIDERS:
             raise DeviceError(f"device is {self.device!r}, must be one of {', '.join(PROVIDERS)}")
-        if self.threads < 0:
-            raise DeviceError(f"threads is {self.threads}, must be 0 (one per core) or more")
+        whole = isinstance(self.threads, int) and not isinstance(self.threads, bool)
+        if not whole or not 0 <= self.threads <= MAX_THREADS:
+            raise DeviceError(f"threads is {self.threads!r}, must be 0 (one per core) to {MAX_THREADS}")
         if PROVIDERS[self.device] not in ort.get_available_providers():
             raise DeviceError(
                 f"device {self.device!r} needs {PROVIDERS[self.device]}, but this onnxruntime only offers "
@@ -59,6 +63,7 @@ def open_session(graph: Path, options: SessionOptions) -> ort.InferenceSession:
 
     Raises:
         BundleError: onnxruntime refuses the file.
+        DeviceError: the device's libraries cannot be loaded.
     """
     settings = ort.SessionOptions()
     settings.intra_op_num_threads = options.thread_count
@@ -66,38 +71,96 @@ def open_session(graph: Path, options: SessionOptions) -> ort.InferenceSession:
     settings.log_severity_level = 3
     settings.add_session_config_entry("session.prepack.enable_parallel", "1")
     try:
-        return ort.InferenceSession(graph, settings, providers=_providers(options))
+        session = ort.InferenceSession(graph, settings, providers=_providers(options))
     except Exception as error:  # onnxruntime's exceptions share no base class of their own
-        reason = str(error).strip().splitlines()[0]
         raise BundleError(
-            f"{graph} cannot be loaded by onnxruntime {ort.__version__} ({reason}); "
+            f"{graph} cannot be loaded by onnxruntime {ort.__version__} ({_first_line(error)}); "
             "check the bundle with `autoglm info --verify`, then export it again"
+        ) from error
+    # Where its libraries are missing, a provider is left out with no more than a line in a log.
+    if PROVIDERS[options.device] not in session.get_providers():
+        raise DeviceError(
+            f"device {options.device!r} is offered by this onnxruntime, but its libraries cannot be loaded; "
+            "install the CUDA and cuDNN that onnxruntime-gpu names, call onnxruntime.preload_dlls() first, "
+            "or use device 'cpu'"
+        )
+    session.disable_fallback()  # it would print to stdout and go on with another provider
+    return session
+
+
+class Binding:
+    """Runs of one session whose large buffers stay where they are, bound once.
+
+    A buffer may be bound as an input and as an output: the graph then appends to it in place.
+    """
+
+    def __init__(
+        self,
+        session: ort.InferenceSession,
+        inputs: Mapping[str, ort.OrtValue],
+        outputs: Mapping[str, ort.OrtValue],
+    ) -> None:
+        """Bind what is the same in every run."""
+        self._session = session
+        self._binding = session.io_binding()
+        for name, value in inputs.items():
+            self._binding.bind_ortvalue_input(name, value)
+        for name, value in outputs.items():
+            self._binding.bind_ortvalue_output(name, value)
+
+    def run(
+        self,
+        feeds: Mapping[str, NDArray[Any]],
+        fetches: Mapping[str, NDArray[Any]],
+        options: ort.RunOptions | None = None,
+    ) -> None:
+        """Run once.
+
+        Args:
+            feeds: the remaining inputs, contiguous, on the host; read in place where the session runs there.
+            fetches: arrays that the remaining outputs are written into, contiguous, on the host.
+            options: of this run.
+
+        Raises:
+            BundleError: the graph fails.
+            DeviceError: there is not enough memory.
+        """
+        # Host values do not own their arrays: both must outlive the run.
+        values = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in feeds.items()}
+        results = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in fetches.items()}
+        with run_errors("the decoder"):
+            for name, value in values.items():
+                self._binding.bind_ortvalue_input(name, value)
+            for name, value in results.items():
+                self._binding.bind_ortvalue_output(name, value)
+            self._session.run_with_iobinding(self._binding, options)
+
+
+@contextmanager
+def run_errors(what: str) -> Iterator[None]:
+    """Turn what onnxruntime raises in a run into an error of ours.
+
+    Raises:
+        DeviceError: there is not enough memory.
+        BundleError: anything else.
+    """
+    try:
+        yield
+    except Exception as error:  # onnxruntime's exceptions share no base class of their own
+        reason = _first_line(error)
+        if isinstance(error, MemoryError) or any(sign in reason for sign in _MEMORY_SIGNS):
+            raise DeviceError(
+                f"there is not enough memory to run {what} ({reason}); load with a smaller context or "
+                "max_image_tokens, or send fewer images"
+            ) from error
+        raise BundleError(
+            f"{what} fails in onnxruntime {ort.__version__} ({reason}); check the bundle with "
+            "`autoglm info --verify`, then export it again"
         ) from error
 
 
-def run_in_place(
-    session: ort.InferenceSession,
-    feeds: Mapping[str, ort.OrtValue],
-    fetches: Mapping[str, ort.OrtValue],
-    options: ort.RunOptions | None = None,
-) -> None:
-    """Run into given output buffers; an output may be the same buffer as an input.
-
-    An `IOBinding` would do the same, but it refuses inputs that have a default in the graph.
-    """
-    devices = [
-        ort.OrtDevice.make(value.device_name().lower(), 0)._get_c_device() for value in fetches.values()
-    ]
-    session.run_with_ortvaluevector(
-        options or ort.RunOptions(), list(feeds), _vector(feeds), list(fetches), _vector(fetches), devices
-    )
-
-
-def _vector(values: Mapping[str, ort.OrtValue]) -> OrtValueVector:
-    vector = OrtValueVector()
-    for value in values.values():
-        vector.push_back(value._ortvalue)
-    return vector
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _providers(options: SessionOptions) -> list[str]:

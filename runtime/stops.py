@@ -10,6 +10,7 @@ Hence the result does not depend on how the text was cut into pieces.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from autoglm_edge.errors import RequestError
 
@@ -72,3 +73,18 @@ class StopText:
             if any(stop.startswith(tail) for stop in self._stops):
                 return length
         return 0
+
+
+def read_stops(stop: object) -> tuple[Any, ...]:
+    """Stop strings as a tuple, from none, one or a list; StopText checks the strings themselves.
+
+    Raises:
+        RequestError: of another type.
+    """
+    if stop is None:
+        return ()
+    if isinstance(stop, str):
+        return (stop,)
+    if not isinstance(stop, Sequence) or isinstance(stop, (bytes, bytearray)):
+        raise RequestError(f"stop is {stop!r}, must be a string or a list of strings")
+    return tuple(stop)

@@ -30,6 +30,7 @@ from jinja2 import nodes
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
+from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
@@ -40,6 +41,10 @@ from .messages import Message, TextPart
 ImageLayout = Literal["plain", "newline"]
 IMAGE_LAYOUTS: tuple[str, ...] = get_args(ImageLayout)
 FILE_NAME = "chat_template.jinja"
+MAX_REPEATED = 1_000_000
+"""Characters or items that a template may make with one `*`."""
+MAX_BITS = 10_000
+"""Bits of a number that a template may make with one `**`."""
 _OWN_VARIABLES = ("messages", "add_generation_prompt", "tools", "documents")
 # What transformers calls the named special tokens; it hands exactly these to a template.
 _NAMED_TOKENS = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
@@ -172,10 +177,30 @@ def _newline_content(message: Message, placeholder: str) -> str:
     return "\n".join([placeholder] * len(message.images) + ([texts] if texts else []))
 
 
+class _Sandbox(ImmutableSandboxedEnvironment):
+    """Jinja's sandbox, which bounds loops, and here the two operators that could ask for all memory too."""
+
+    intercepted_binops = frozenset({"*", "**"})
+
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        """Multiply or raise to a power.
+
+        Raises:
+            SecurityError: the result would be huge.
+        """
+        if operator == "*":
+            for text, count in ((left, right), (right, left)):
+                if isinstance(text, (str, bytes, list, tuple)) and isinstance(count, int):
+                    size = len(text) * count
+                    if size > MAX_REPEATED:
+                        raise SecurityError(f"one multiplication would make {size} characters or items")
+        elif isinstance(left, int) and isinstance(right, int) and left.bit_length() * right > MAX_BITS:
+            raise SecurityError(f"one power would make a number of {left.bit_length() * right} bits")
+        return super().call_binop(context, operator, left, right)
+
+
 def _environment() -> jinja2.Environment:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, loopcontrols]
-    )
+    environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, loopcontrols])
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = _strftime_now

@@ -1,5 +1,6 @@
 import hashlib
 import inspect
+import io
 import json
 import os
 import signal
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
+import click
 import pytest
 from click.testing import CliRunner
 from PIL import Image
@@ -165,6 +167,15 @@ def test_text_comes_from_standard_input(engine, bundle):
     assert engine.chats[0].messages[0]["content"] == [{"type": "text", "text": "from a pipe"}]
 
 
+@pytest.mark.parametrize(("data", "message"), [(b" \n", "is empty"), (b"ab\xff", "not UTF-8 text (byte 2)")])
+def test_standard_input_without_text_is_wrong_usage(engine, bundle, data, message):
+    result = invoke("run", bundle, "-", input=data)
+
+    assert result.exit_code == 2
+    assert f"standard input {'is ' if 'UTF' in message else ''}{message}" in result.stderr
+    assert not engine.loads
+
+
 def test_the_last_line_is_a_document_with_the_action_in_both_scales(engine, bundle, screen):
     result = invoke("run", bundle, "hi", "-i", screen, "--json")
 
@@ -241,6 +252,8 @@ def test_an_answer_without_action_cannot_be_drawn_but_is_printed(engine, bundle,
         (["run", "B", "hi", "--draw", "x.png"], "needs a picture"),
         (["run", "B", "hi", "-i", "S", "--draw", "x.txt"], "picture format"),
         (["run", "B", "hi", "-i", "S", "--draw", "nowhere/x.png"], "does not exist"),
+        (["run", "B", "hi", "-i", "S", "--draw", "S"], "would overwrite a picture"),
+        (["run", "B", "hi", "--stop", ""], "a stop string is ''"),
         (["run", "B", "--chat", "--json"], "--json is for a single answer"),
         (["run", "B", "--chat", "-"], "- is for a single answer"),
         (["run", "B", "hi", "--temperature", "3"], "temperature is 3.0, must be a number from 0 to 2"),
@@ -443,10 +456,28 @@ def test_progress_without_a_terminal_is_a_line_per_tenth(capsys):
     assert lines[4] == "Weights: 50 % of 1.0 kB, 100 s"
 
 
-def test_progress_of_a_quick_stage_is_one_line(pipeline):
+def test_an_export_ends_with_what_to_do_next(pipeline):
+    result = invoke("export", "-o", "my phone")
+
+    assert result.stderr.splitlines()[-1] == (
+        "Done in 0 s; ask it with: autoglm run 'my phone' --image SCREENSHOT TASK"
+    )
+
+
+@pytest.mark.parametrize("output", ["", "  "])
+def test_an_empty_output_is_wrong_usage(pipeline, output):
+    result = invoke("export", "-o", output)
+
+    assert result.exit_code == 2
+    assert "the output is empty" in result.stderr
+
+
+def test_progress_of_a_quick_stage_is_one_line(pipeline, monkeypatch):
+    monkeypatch.setattr(cli_common.ProgressLine.__init__, "__defaults__", (lambda: 0.0,))
+
     result = invoke("export")
 
-    assert result.stderr.splitlines()[1:] == [
+    assert result.stderr.splitlines()[1:-1] == [
         "continuing",
         "Weights: 100 % of 1.0 kB, 0 s",
         "Checking: 100 % of 10 B, 0 s",
@@ -600,6 +631,51 @@ def test_a_reader_that_goes_away_is_no_traceback(tmp_path):
 
     assert done.stderr == b""
     assert done.returncode == 1
+
+
+def test_a_full_disk_is_one_sentence(bundle):
+    if not os.path.exists("/dev/full"):
+        pytest.skip("no /dev/full here")
+    with open("/dev/full", "wb") as full:
+        run = subprocess.run(
+            [sys.executable, "-m", "autoglm_edge", "info", str(bundle)],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    assert run.returncode == 1
+    assert run.stderr.strip() == "Error: a read or a write failed: No space left on device"
+
+
+@pytest.mark.parametrize(("encoding", "shown"), [("latin-1", "?? é"), ("utf-8", "微信 é")])
+def test_what_stdout_cannot_show_is_a_question_mark_but_documents_stay_whole(monkeypatch, encoding, shown):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors="strict")
+    monkeypatch.setattr(sys, "stdout", stream)
+
+    cli_common.tolerate_encodings()
+    click.echo("微信 é")
+    cli_common.print_json({"text": "微信"})
+    stream.flush()
+
+    first, second = stream.buffer.getvalue().decode(encoding).splitlines()
+    assert first == shown
+    assert json.loads(second) == {"text": "微信"}
+
+
+def test_an_argument_is_utf8_whatever_the_locale_says():
+    assert cli_common.as_unicode("打开") == "打开"
+    assert cli_common.as_unicode(os.fsencode("打开").decode("ascii", "surrogateescape")) == "打开"
+    assert cli_common.as_unicode("\udcff") == "\udcff"
+
+
+def test_control_characters_of_an_answer_do_not_reach_a_terminal(engine, bundle, monkeypatch, capsys):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    engine.answers = ["a\x1b]0;title\x07b\x9bc\nd\te"]
+
+    cli.cli.main(["run", str(bundle), "hi"], standalone_mode=False)
+
+    assert "a\ufffd]0;title\ufffdb\ufffdc\nd\te" in capsys.readouterr().out
 
 
 def test_a_bar_is_drawn_on_a_terminal_and_ends_its_line(monkeypatch, capsys):

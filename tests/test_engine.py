@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import json
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -99,6 +102,64 @@ def test_a_stop_string_across_tokens_ends_the_answer_before_it(engine: Engine) -
 
     assert text == "one tw"
     assert last.finish_reason == "stop"
+
+
+@pytest.mark.parametrize("stop", [" three", [" three"], (" three",), ["x"] * 9 + [" three"]])
+def test_stops_are_a_string_or_any_number_of_them(engine: Engine, stop: Any) -> None:
+    say(engine, "one two three four")
+
+    assert answer(engine, stop=stop)[0] == "one two"
+
+
+@pytest.mark.parametrize("stop", [None, [], ()])
+def test_no_stops_are_none_or_an_empty_list(engine: Engine, stop: Any) -> None:
+    say(engine, "one two three")
+
+    assert answer(engine, stop=stop)[0] == "one two three"
+
+
+def test_a_bias_takes_ids_as_json_has_them(engine: Engine) -> None:
+    (wanted,) = engine.tokenizer.encode("a")
+
+    text, _ = answer(engine, max_tokens=3, logit_bias={str(wanted): 100})
+
+    assert text == "aaa"
+
+
+@pytest.mark.parametrize("content", ["", []])
+def test_a_message_without_content_is_answered(engine: Engine, content: Any) -> None:
+    last = list(engine.chat([{"role": "user", "content": content}], max_tokens=2))[-1]
+
+    assert last.usage.completion_tokens == 2
+
+
+def test_a_bundle_of_half_precision_answers_on_the_cpu(
+    checkpoint_of: Callable[..., Path], bundle_of: Callable[..., Path]
+) -> None:
+    picture = {"type": "image", "image": Image.new("RGB", (140, 140), "red")}
+    with Engine.load(bundle_of(checkpoint_of("tiny"), "fp16"), threads=1) as engine:
+        last = list(engine.chat([{"role": "user", "content": [picture]}], max_tokens=3))[-1]
+
+        assert last.usage.completion_tokens == 3
+
+
+def test_pictures_of_all_turns_are_encoded_in_their_order(engine: Engine) -> None:
+    model = say(engine, "ok")
+    seen = []
+    encode = model.encode_image
+    model.encode_image = lambda image: seen.append(image.original_size) or encode(image)  # type: ignore
+    sizes = [(140, 140), (280, 140), (140, 280)]
+    pictures = [{"type": "image", "image": Image.new("RGB", size)} for size in sizes]
+    ask = [
+        {"role": "user", "content": [*pictures[:2], {"type": "text", "text": "first"}]},
+        {"role": "assistant", "content": "done"},
+        {"role": "user", "content": [{"type": "text", "text": "second"}, pictures[2]]},
+    ]
+
+    last = list(engine.chat(ask))[-1]
+
+    assert seen == sizes
+    assert last.usage.image_tokens == sum(image.tokens for image in engine.prompt(ask).images)
 
 
 def test_max_tokens_ends_with_length_and_gives_all_text(engine: Engine) -> None:
@@ -199,6 +260,14 @@ def test_without_max_tokens_the_answer_may_fill_the_context(bundle: Path) -> Non
         ({"temperature": -1}, "temperature is -1"),
         ({"top_p": 1.5}, "top_p is 1.5"),
         ({"max_tokens": 0}, "max_tokens is 0"),
+        ({"max_tokens": "5"}, "max_tokens is '5'"),
+        ({"max_tokens": True}, "max_tokens is True"),
+        ({"max_tokens": 2.5}, "max_tokens is 2.5"),
+        ({"cancel": "now"}, "cancel is 'now', must be an event"),
+        ({"stop": ""}, "a stop string is ''"),
+        ({"stop": ["a", 5]}, "a stop string is 5"),
+        ({"stop": 5}, "stop is 5, must be a string or a list"),
+        ({"stop": b"a"}, "stop is b'a', must be a string or a list"),
         ({"logit_bias": {10**9: 1.0}}, "logit_bias names the token id 1000000000"),
     ],
 )
@@ -246,6 +315,93 @@ def test_a_second_answer_at_the_same_time_is_refused_and_closing_frees_the_engin
     assert answer(engine)[1].finish_reason == "stop"
 
 
+def test_a_cancel_that_is_taken_back_ends_the_answer_all_the_same(engine: Engine) -> None:
+    model = say(engine, "never")
+    cancel = threading.Event()
+    encode = model.encode_image
+
+    def cancel_after_the_first(image: Any) -> np.ndarray:
+        cancel.set()
+        return encode(image)
+
+    model.encode_image = cancel_after_the_first  # type: ignore
+    pictures = [{"type": "image", "image": Image.new("RGB", (140, 140))}] * 3
+    stream = engine.chat([{"role": "user", "content": pictures}], cancel=cancel)
+
+    (last,) = stream
+
+    assert (last.finish_reason, model.runs) == ("cancelled", [])
+
+
+def test_an_iterator_that_is_forgotten_frees_the_engine(engine: Engine) -> None:
+    say(engine, "a b c d")
+    stream = engine.chat(ASK)
+    next(stream)
+    del stream
+    gc.collect()
+
+    assert answer(engine)[1].finish_reason == "stop"
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
+def test_an_interrupt_in_the_prefill_frees_the_engine(engine: Engine, error: type[BaseException]) -> None:
+    model = say(engine, "a b c d")
+    forward = model.forward
+
+    def interrupted(*arguments: Any) -> np.ndarray:
+        raise error
+
+    model.forward = interrupted  # type: ignore
+    with pytest.raises(error):
+        next(engine.chat(ASK))
+    model.forward = forward  # type: ignore
+
+    assert answer(engine)[0] == "a b c d"
+
+
+def test_of_two_threads_one_answers_and_the_other_is_refused(engine: Engine) -> None:
+    model = say(engine, "a b c d")
+    forward, inside, go_on = model.forward, threading.Event(), threading.Event()
+
+    def waiting(*arguments: Any) -> np.ndarray:
+        inside.set()
+        assert go_on.wait(10)
+        return forward(*arguments)
+
+    model.forward = waiting  # type: ignore
+    texts: list[str] = []
+    thread = threading.Thread(target=lambda: texts.append(answer(engine)[0]))
+    thread.start()
+    assert inside.wait(10)
+    with pytest.raises(RequestError, match="another answer"):
+        next(engine.chat(ASK))
+    go_on.set()
+    thread.join(10)
+
+    assert texts == ["a b c d"]
+
+
+def test_a_closed_engine_says_so(bundle: Path) -> None:
+    engine = Engine.load(bundle)
+    engine.close()
+    engine.close()
+
+    with pytest.raises(RequestError, match="this engine is closed"):
+        engine.chat(ASK)
+    with pytest.raises(RequestError, match="this engine is closed"):
+        engine.score([1, 2])
+
+
+def test_closing_an_engine_ends_the_answer_under_way_with_an_error(bundle: Path) -> None:
+    engine = Engine.load(bundle)
+    stream = engine.chat(ASK)
+    next(stream)
+    engine.close()
+
+    with pytest.raises(RequestError, match="this engine is closed"):
+        list(stream)
+
+
 def test_answers_do_not_depend_on_the_one_before(engine: Engine) -> None:
     first = answer(engine, max_tokens=8)[0]
     list(engine.chat([{"role": "user", "content": "something else entirely"}], max_tokens=5))
@@ -281,6 +437,11 @@ def test_a_smaller_image_budget_makes_fewer_tokens(bundle: Path) -> None:
         assert small.prompt(ask).images[0].tokens <= 20 < usual.prompt(ask).images[0].tokens
 
 
+def test_an_image_budget_above_the_bundles_changes_nothing(bundle: Path) -> None:
+    with Engine.load(bundle) as usual, Engine.load(bundle, max_image_tokens=10**6) as large:
+        assert large.image == usual.image
+
+
 def test_the_newline_layout_adds_one_newline_after_the_image(bundle: Path) -> None:
     picture = Image.new("RGB", (140, 140))
     ask = [
@@ -298,9 +459,15 @@ def test_the_newline_layout_adds_one_newline_after_the_image(bundle: Path) -> No
     [
         ({"context": 0}, RequestError, "context is 0"),
         ({"context": 10**9}, RequestError, "context is 1000000000"),
+        ({"context": "64"}, RequestError, "context is '64'"),
+        ({"context": True}, RequestError, "context is True"),
+        ({"image_layout": "string"}, RequestError, "image_layout is 'string'"),
         ({"max_image_tokens": 1}, RequestError, "max_image_tokens is 1"),
+        ({"max_image_tokens": "8"}, RequestError, "max_image_tokens is '8'"),
+        ({"device": ["cpu"]}, DeviceError, r"device is \['cpu'\]"),
         ({"device": "tpu"}, DeviceError, "device is 'tpu'"),
         ({"threads": -1}, DeviceError, "threads is -1"),
+        ({"threads": 1.5}, DeviceError, "threads is 1.5"),
     ],
 )
 def test_impossible_loads_are_refused(
@@ -320,8 +487,6 @@ def test_cuda_without_its_runtime_says_what_to_install(bundle: Path) -> None:
 
 
 def test_a_damaged_graph_is_one_sentence(bundle: Path, tmp_path: Path) -> None:
-    import shutil
-
     broken = tmp_path / "broken"
     shutil.copytree(bundle, broken)
     size = (broken / "decoder.onnx").stat().st_size
@@ -329,6 +494,90 @@ def test_a_damaged_graph_is_one_sentence(bundle: Path, tmp_path: Path) -> None:
 
     with pytest.raises(BundleError, match=r"decoder\.onnx cannot be loaded"):
         Engine.load(broken)
+
+
+def edited(bundle: Path, folder: Path, section: str, **changes: Any) -> Path:
+    """A copy of a bundle whose manifest says something else."""
+    shutil.copytree(bundle, folder)
+    document = json.loads((folder / "manifest.json").read_text())
+    (document[section] if section else document).update(changes)
+    (folder / "manifest.json").write_text(json.dumps(document))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("section", "changes", "words"),
+    [
+        ("geometry", {"layers": 9}, r"decoder\.onnx: input past_key_values\.\d\.key is missing"),
+        ("geometry", {"layers": 1}, r"decoder\.onnx: input past_key_values\.1\.key is unknown"),
+        ("geometry", {"kv_heads": 7}, r"past_key_values\.0\.key has the shape .* must have .*7"),
+        ("geometry", {"head_dim": 96}, r"past_key_values\.0\.key has the shape .* must have .*96"),
+        ("geometry", {"vocab": 10**6}, r"output logits has the shape .* must have .*1000000"),
+        ("geometry", {"hidden": 8}, r"embedding\.onnx: input image_features has the shape .* must have"),
+        ("", {"kv_dtype": "float16"}, r"past_key_values\.0\.key is a tensor\(float\), but .* says float16"),
+        ("", {"activations": "float16"}, r"image_features is a tensor\(float\), but .* says float16"),
+        ("geometry", {"vocab": 100}, r"tokenizer\.json has ids up to \d+, but the decoder scores 100"),
+        ("tokens", {"image": 10**6}, "names 1000000 as image token"),
+        ("tokens", {"eos": [-1]}, r"tokens\.eos is -1, must be at least 0"),
+    ],
+)
+def test_what_is_not_of_one_export_is_found_at_load_and_named(
+    bundle: Path, tmp_path: Path, section: str, changes: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(BundleError, match=words):
+        Engine.load(edited(bundle, tmp_path / "edited", section, **changes))
+
+
+def test_a_vision_graph_of_another_export_is_found_with_the_first_picture(
+    bundle: Path, tmp_path: Path
+) -> None:
+    picture = {"type": "image", "image": Image.new("RGB", (140, 140))}
+    with Engine.load(edited(bundle, tmp_path / "edited", "image", temporal_patch_size=1)) as engine:
+        assert answer(engine, max_tokens=1)
+        with pytest.raises(BundleError, match=r"vision\.onnx: input pixel_values has the shape"):
+            list(engine.chat([{"role": "user", "content": [picture]}], max_tokens=1))
+
+
+def test_a_context_beyond_all_memory_is_refused_at_load(bundle: Path, tmp_path: Path) -> None:
+    huge = edited(bundle, tmp_path / "edited", "geometry", context_length=2**50)
+    with pytest.raises(DeviceError, match="not enough memory to run a context of"):
+        Engine.load(huge, context=2**50)
+
+
+@pytest.mark.parametrize("ids", [[1.5], ["a"], [[1], [2, 3]], None])
+def test_scoring_takes_nothing_but_integers(engine: Engine, ids: Any) -> None:
+    with pytest.raises(RequestError, match="integers"):
+        engine.score(ids)
+
+
+@pytest.mark.parametrize("images", ["screen.png", b"bytes", Image.new("RGB", (9, 9))])
+def test_scoring_takes_a_list_of_images(engine: Engine, images: Any) -> None:
+    with pytest.raises(RequestError, match="must be a list of images"):
+        engine.score([1, 2], images)
+
+
+def test_whole_numbers_of_numpy_are_numbers(bundle: Path) -> None:
+    with Engine.load(bundle, context=np.int64(100), max_image_tokens=np.int32(20)) as engine:  # type: ignore
+        assert answer(engine, max_tokens=np.int64(2))[1].usage.completion_tokens == 2
+
+
+def test_a_prompt_is_scored_at_its_last_position_only(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("autoglm_edge.runtime.engine.PREFILL_CHUNK", 8)
+    shapes = []
+    forward = engine._model.forward  # type: ignore
+
+    def recorded(*arguments: Any) -> np.ndarray:
+        logits = forward(*arguments)
+        shapes.append(logits.shape)
+        return logits
+
+    monkeypatch.setattr(engine._model, "forward", recorded)
+    answer(engine, max_tokens=2)
+
+    assert len(shapes) > 2
+    assert set(shapes) == {(1, engine.bundle.manifest.geometry.vocab)}
 
 
 def test_scoring_refuses_unknown_ids_and_long_sequences(engine: Engine) -> None:

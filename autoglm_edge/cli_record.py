@@ -1,0 +1,167 @@
+"""`autoglm record`: answers of the original model, written down for `autoglm validate`.
+
+In: a checkpoint. Out: a reference file. A skin over `parity.record.record`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import click
+
+from autoglm_edge.cli_common import EdgeCommand, examples, format_bytes, print_json
+from autoglm_edge.errors import DependencyError
+
+if TYPE_CHECKING:
+    from autoglm_edge.parity.torch_model import Baseline
+
+_PARITY_PACKAGES = ("safetensors", "ml_dtypes", "huggingface_hub")
+
+
+@click.command(
+    cls=EdgeCommand,
+    epilog=examples(
+        "autoglm record zai-org/AutoGLM-Phone-9B -o ref.safetensors --device cuda",
+        "autoglm record AutoGLM-Phone-9B -o nf4.safetensors --like ref.safetensors --baseline bnb-nf4",
+    ),
+)
+@click.argument("checkpoint", required=False)
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path, dir_okay=False),
+    required=True,
+    help="Reference to write, .safetensors.",
+)
+@click.option(
+    "--prompts",
+    default="small",
+    show_default=True,
+    metavar="SET",
+    help="small, full, or a JSON Lines file of your own prompts; see docs/parity.md.",
+)
+@click.option("--seed", type=int, help="Draw other pictures. [default: a fixed one]")
+@click.option(
+    "--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Where to compute."
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16"]),
+    default="float32",
+    show_default=True,
+    help="Of weights and activations.",
+)
+@click.option(
+    "--baseline",
+    type=click.Choice(["bnb-nf4", "bnb-int8"]),
+    help="Let bitsandbytes quantize the weights: a baseline to compare with.",
+)
+@click.option(
+    "--like",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Score this reference's answers again, for a floor or a baseline of it.",
+)
+@click.option(
+    "--top-k", type=click.IntRange(min=1), default=64, show_default=True, help="Logits kept per position."
+)
+@click.option("--full-logits", is_flag=True, help="Keep all logits; exact, and large.")
+@click.option(
+    "--image-layout",
+    type=click.Choice(["plain", "newline"]),
+    default="plain",
+    show_default=True,
+    help="What stands between picture and text; vLLM's string format has a newline.",
+)
+@click.option(
+    "--max-image-tokens", type=click.IntRange(min=1), metavar="N", help="Image budget, as at the export."
+)
+@click.option("--revision", help="Branch, tag or commit of a Hugging Face name.")
+@click.option("--force", is_flag=True, help="Replace the output.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document as the last line.")
+def record(
+    checkpoint: str | None,
+    output: Path,
+    prompts: str,
+    seed: int | None,
+    device: Literal["cpu", "cuda"],
+    dtype: Literal["float32", "bfloat16"],
+    baseline: Baseline | None,
+    like: Path | None,
+    top_k: int,
+    full_logits: bool,
+    image_layout: Literal["plain", "newline"],
+    max_image_tokens: int | None,
+    revision: str | None,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Record what the original model answers, with torch.
+
+    CHECKPOINT is a folder or a Hugging Face name; without it, the small embedded model `pocket` is taken.
+    A fixed set of prompts is put to it, Chinese and English, with none, one and several pictures. The file
+    holds the likeliest tokens of every position, the answers, vision features, and what it was made with;
+    `autoglm validate` compares bundles with it.
+    """
+    module = _module()
+    if checkpoint is None:
+        click.echo(
+            "No CHECKPOINT given: taking pocket, the small model that comes with this package", err=True
+        )
+    options: dict[str, Any] = {} if seed is None else {"seed": seed}
+    reference = module.record(
+        checkpoint,
+        output,
+        prompts=prompts,
+        device=device,
+        dtype=dtype,
+        baseline=baseline,
+        like=like,
+        top_k=top_k,
+        full_logits=full_logits,
+        image_layout=image_layout,
+        max_image_tokens=max_image_tokens,
+        revision=revision,
+        force=force,
+        progress=show_prompt,
+        **options,
+    )
+    size_bytes = output.stat().st_size
+    click.echo(
+        f"{len(reference)} prompts, {reference.fingerprint.title}: {output}, {format_bytes(size_bytes)}"
+    )
+    if as_json:
+        print_json(
+            {
+                "reference": str(output),
+                "model": reference.fingerprint.model,
+                "recorded": reference.fingerprint.title,
+                "prompts": len(reference),
+                "size_bytes": size_bytes,
+                "sha256": reference.sha256,
+            }
+        )
+
+
+def show_prompt(name: str, done: int, total: int) -> None:
+    """A line on stderr for every prompt that is begun."""
+    if done < total:
+        click.echo(f"[{done + 1}/{total}] {name}", err=True)
+
+
+def _module() -> Any:
+    """The recorder.
+
+    Raises:
+        DependencyError: a package of the extra `parity` is not installed.
+    """
+    try:
+        from autoglm_edge.parity import record as module
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] not in _PARITY_PACKAGES:
+            raise
+        raise DependencyError(
+            f"recording needs the package {error.name}, which is not installed; "
+            'run pip install "autoglm-edge[parity]"'
+        ) from error
+    return module

@@ -1,0 +1,109 @@
+"""Sessions: buffers that stay bound, and what onnxruntime raises."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+
+from autoglm_edge.errors import BundleError, DeviceError
+from autoglm_edge.runtime.bundle import Bundle
+from autoglm_edge.runtime.model import Model
+from autoglm_edge.runtime.session import SessionOptions, open_session, run_errors
+
+
+@pytest.fixture(scope="module")
+def bundle(checkpoint_of: Callable[..., Path], bundle_of: Callable[..., Path]) -> Bundle:
+    return Bundle.open(bundle_of(checkpoint_of("tiny"), "fp32"))
+
+
+def test_two_caches_hold_two_sequences_without_touching_each_other(bundle: Bundle) -> None:
+    model = Model(bundle, SessionOptions(threads=1))
+    rows = np.array([[5, 6, 7], [8, 9, 10]])
+
+    def run(caches: list, steps: list[tuple[int, int]]) -> list[np.ndarray]:
+        last = [np.empty(0)] * 2
+        for which, step in steps:
+            ids = rows[which, step : step + 1]
+            last[which] = model.forward(model.embed(ids), np.full((3, 1), step), caches[which])
+        return last
+
+    one = model.new_cache(4)
+    alone = []
+    for which in (0, 1):
+        one.clear()
+        alone.append(run([one, one], [(which, 0), (which, 1), (which, 2)])[which])
+    mixed = run([model.new_cache(4), model.new_cache(9)], [(0, 0), (1, 0), (1, 1), (0, 1), (0, 2), (1, 2)])
+
+    assert all((a == b).all() for a, b in zip(alone, mixed, strict=True))
+    assert not (alone[0] == alone[1]).all()
+
+
+def test_keys_and_values_are_written_into_the_buffers_given(bundle: Bundle) -> None:
+    model = Model(bundle, SessionOptions(threads=1))
+    cache = model.new_cache(4)
+    before = {name: value.data_ptr() for name, value in cache.past.items()}
+    key = cache.past["past_key_values.0.key"].numpy()
+    key[:] = 0
+
+    model.forward(model.embed(np.array([5, 6])), np.arange(2)[None].repeat(3, 0), cache)
+
+    assert {name: value.data_ptr() for name, value in cache.past.items()} == before
+    filled = cache.past["past_key_values.0.key"].numpy()[0, 0]
+    assert filled[:2].any(axis=1).all()
+    assert not filled[2:].any()
+
+
+def test_logits_of_one_run_survive_the_next(bundle: Bundle) -> None:
+    model = Model(bundle, SessionOptions(threads=1))
+    cache = model.new_cache(4)
+    first = model.forward(model.embed(np.array([5])), np.zeros((3, 1), np.int64), cache)
+    kept = first.copy()
+    model.forward(model.embed(np.array([6])), np.ones((3, 1), np.int64), cache)
+
+    assert (first == kept).all()
+
+
+def test_a_forgotten_cache_is_freed_with_its_binding(bundle: Bundle) -> None:
+    model = Model(bundle, SessionOptions(threads=1))
+    cache = model.new_cache(4)
+    model.forward(model.embed(np.array([5])), np.zeros((3, 1), np.int64), cache)
+    del cache
+
+    assert len(model._bindings) == 0
+
+
+def test_a_failing_graph_is_one_sentence_that_names_it(bundle: Bundle) -> None:
+    model = Model(bundle, SessionOptions(threads=1))
+
+    with pytest.raises(BundleError, match="the embedding fails in onnxruntime"):
+        model.embed(np.array([10**9]))
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("Failed to allocate memory for requested buffer"), MemoryError()]
+)
+def test_missing_memory_is_told_from_a_failing_graph(error: Exception) -> None:
+    with pytest.raises(DeviceError, match="not enough memory to run the decoder"), run_errors("the decoder"):
+        raise error
+
+
+def test_an_interrupt_is_not_taken_for_a_failing_graph() -> None:
+    with pytest.raises(KeyboardInterrupt), run_errors("the decoder"):
+        raise KeyboardInterrupt
+
+
+@pytest.mark.filterwarnings("ignore:Specified provider")
+def test_a_device_whose_libraries_are_missing_is_refused_and_not_replaced(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    providers = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    if providers[0] in ort.get_available_providers():
+        pytest.skip("this machine has CUDA")
+    monkeypatch.setattr(ort, "get_available_providers", lambda: providers)
+
+    with pytest.raises(DeviceError, match="libraries cannot be loaded"):
+        open_session(bundle.file("embedding.onnx"), SessionOptions(device="cuda"))
