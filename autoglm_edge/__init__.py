@@ -24,6 +24,7 @@ from .errors import (
     EdgeError,
     ExportError,
     ImageError,
+    ParityError,
     PromptError,
     QuantError,
     RequestError,
@@ -31,6 +32,8 @@ from .errors import (
 
 if TYPE_CHECKING:
     from autoglm_edge.export.pipeline import estimate, export
+    from autoglm_edge.parity.record import record
+    from autoglm_edge.parity.validate import validate
     from autoglm_edge.runtime.actions import Action, parse_action
     from autoglm_edge.runtime.answer import Delta, Timings, Usage
     from autoglm_edge.runtime.bundle import Bundle
@@ -53,6 +56,7 @@ __all__ = [
     "Engine",
     "ExportError",
     "ImageError",
+    "ParityError",
     "PromptError",
     "QuantError",
     "RequestError",
@@ -62,6 +66,8 @@ __all__ = [
     "export",
     "load",
     "parse_action",
+    "record",
+    "validate",
 ]
 
 _LAZY = {
@@ -74,6 +80,8 @@ _LAZY = {
     "estimate": "autoglm_edge.export.pipeline",
     "export": "autoglm_edge.export.pipeline",
     "parse_action": "autoglm_edge.runtime.actions",
+    "record": "autoglm_edge.parity.record",
+    "validate": "autoglm_edge.parity.validate",
 }
 
 

@@ -56,10 +56,11 @@ def main() -> int:
         report["export"] = export(arguments)
     report["bundle_bytes"] = sum(path.stat().st_size for path in arguments.output.iterdir())
     report["read_bandwidth_gb_per_s"] = round(read_bandwidth(), 1)
+    report["load"] = load(arguments)
     report["run"] = run(arguments)
     manifest = json.loads((arguments.output / "manifest.json").read_text())
     report["part_bytes"] = {name: part["weight_bytes"] for name, part in manifest["parts"].items()}
-    per_token = report["part_bytes"]["decoder"] * report["run"]["decode_tokens_per_s"] / 1e9
+    per_token = report["part_bytes"]["decoder"] * report["run"]["timings"]["decode_tokens_per_s"] / 1e9
     report["decode_read_gb_per_s"] = round(per_token, 2)
     if not arguments.keep:
         shutil.rmtree(arguments.output)
@@ -76,6 +77,21 @@ def export(arguments: argparse.Namespace) -> dict[str, Any]:
     ]
     watched = check(watch(command))
     return {"seconds": round(watched.seconds, 1), "peak": watched.peak}
+
+
+LOAD = """
+import json, sys, time
+from autoglm_edge import load
+started = time.perf_counter()
+engine = load(sys.argv[1])
+print(json.dumps({"seconds": round(time.perf_counter() - started, 2)}))
+"""
+
+
+def load(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Load decoder and embedding in a process of its own, with the files in the page cache if they fit."""
+    watched = check(watch([sys.executable, "-c", LOAD, str(arguments.output)]))
+    return {**json.loads(watched.stdout), "peak": watched.peak}
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -142,10 +158,12 @@ def print_table(report: dict[str, Any]) -> None:
             ("export, peak anonymous", f"{report['export']['peak']['anon_bytes'] / 1e6:.0f} MB"),
         ]
     rows += [
+        ("load, files in the page cache", f"{report['load']['seconds']:.1f} s"),
         ("prompt tokens", str(run_report["usage"]["prompt_tokens"])),
+        ("image encoding", f"{run_report['timings']['image_ms'] / 1e3:.1f} s"),
         ("time to first token", f"{run_report['timings']['ttft_ms'] / 1e3:.1f} s"),
-        ("prefill", f"{run_report['prefill_tokens_per_s']:.1f} tokens/s"),
-        ("decode", f"{run_report['decode_tokens_per_s']:.2f} tokens/s"),
+        ("prefill", f"{run_report['timings']['prefill_tokens_per_s']:.1f} tokens/s"),
+        ("decode", f"{run_report['timings']['decode_tokens_per_s']:.2f} tokens/s"),
         ("weights read by decode", f"{report['decode_read_gb_per_s']:.1f} GB/s"),
         ("read bandwidth of the machine", f"{report['read_bandwidth_gb_per_s']:.1f} GB/s"),
         ("run, peak anonymous", f"{run_report['peak']['anon_bytes'] / 1e9:.2f} GB"),

@@ -7,8 +7,8 @@ Prints a table; the last line of stdout is one JSON document.
     python benchmarks/install_size.py                      # plain, export, parity, optimum
     python benchmarks/install_size.py parity --torch-index https://download.pytorch.org/whl/cpu
 
-torch is pinned to the release that the tests use. Whether its build holds CUDA depends on the index;
---torch-index names a further one, and the column `largest` shows what came.
+torch is pinned to what the tests use; `--torch torch` takes the newest. Whether its build holds CUDA
+depends on the index: --torch-index names a further one, and the column `largest` shows what came.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def folder_bytes(path: Path) -> int:
     return sum(item.stat().st_size for item in path.rglob("*") if item.is_file() and not item.is_symlink())
 
 
-def measure(extra: str, source: Path, torch_index: str | None) -> Size:
+def measure(extra: str, source: Path, torch: str, torch_index: str | None) -> Size:
     """Install one extra into a temporary folder and add up its files."""
     requirement = str(source) if extra == "plain" else f"{source}[{extra}]"
     command = [sys.executable, "-m", "pip", "install", "--quiet"]
@@ -69,7 +69,7 @@ def measure(extra: str, source: Path, torch_index: str | None) -> Size:
         target = Path(folder)
         if extra in NEEDS_TORCH:
             # pip --target does not see what it installed before, so both go into one resolution.
-            command += [TORCH, *(["--extra-index-url", torch_index] if torch_index else [])]
+            command += [torch, *(["--extra-index-url", torch_index] if torch_index else [])]
         subprocess.run([*command, "--target", folder, requirement], check=True, stdout=sys.stderr)
         parts = sorted(((folder_bytes(item), item.name) for item in target.iterdir()), reverse=True)
         return Size(
@@ -86,6 +86,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Print how many megabytes each extra puts on the disk.")
     parser.add_argument("extras", nargs="*", help=f"Any of {', '.join(EXTRAS)}; all by default.")
     parser.add_argument("--torch-index", help="Further index to look for torch in, for one without CUDA.")
+    parser.add_argument("--torch", default=TORCH, help=f"Requirement for torch; {TORCH} by default.")
     options = parser.parse_args()
     extras = options.extras or list(EXTRAS)
     if unknown := sorted(set(extras) - set(EXTRAS)):
@@ -100,7 +101,7 @@ def main() -> None:
                 shutil.copytree(path, source / name, ignore=shutil.ignore_patterns("__pycache__", "*.pyc"))
             elif path.is_file():
                 shutil.copy(path, source / name)
-        sizes = [measure(extra, source, options.torch_index) for extra in extras]
+        sizes = [measure(extra, source, options.torch, options.torch_index) for extra in extras]
 
     print(f"{'extra':10}{'MB':>8}{'packages':>10}  largest")
     for size in sizes:
@@ -111,6 +112,7 @@ def main() -> None:
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "python": platform.python_version(),
         "platform": platform.platform(),
+        "torch": options.torch,
         "sizes": [asdict(size) for size in sizes],
     }
     print(json.dumps(document))

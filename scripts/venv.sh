@@ -86,7 +86,6 @@ install_project() {
   say "installing autoglm-edge[$extra] into $VENV"
   if [ "$extra" = dev ]; then
     "$VENV_PYTHON" -c 'import torch' 2>/dev/null || install_torch
-    pip_install 'setuptools>=77' # the packaging tests build a wheel without a network
   fi
   pip_install --editable "$ROOT[$extra]"
   fingerprint >"$VENV/.installed-$extra"

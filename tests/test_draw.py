@@ -73,6 +73,15 @@ def test_an_action_without_a_point_is_a_strip_along_the_lower_edge(text):
     assert points[:, 1].min() > 336
 
 
+@pytest.mark.parametrize("text", ["\U0010fffe", "no glyph \U0010fffe here"])
+def test_a_text_that_the_font_cannot_show_is_left_out_whole(text):
+    def picture(app):
+        return draw_action(Image.new("RGB", (336, 672)), Action("Launch", (("app", app),))).tobytes()
+
+    assert picture(text) == picture("…")
+    assert picture("Camera") != picture("…")
+
+
 def test_a_strip_fits_a_tiny_picture():
     changed((28, 28), parse_action('finish(message="a long sentence that needs room")'))
 

@@ -120,6 +120,13 @@ def test_both_frames_of_a_patch_are_the_same() -> None:
     np.testing.assert_array_equal(rows[:, :, 0], rows[:, :, 1])
 
 
+def test_a_picture_waits_for_the_graph_as_bytes() -> None:
+    patched = patchify(picture(140, 280), spec())
+
+    assert patched.patches.dtype == np.uint8
+    assert patched.pixel_values.nbytes == 8 * patched.patches.nbytes
+
+
 def test_a_patched_image_knows_its_tokens_and_its_first_size() -> None:
     patched = patchify(picture(1080, 2400), spec())
     assert patched.grid == (1, 172, 78)

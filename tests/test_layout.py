@@ -36,6 +36,7 @@ THIRD_PARTY = {
     "runtime": {"numpy", "onnxruntime", "tokenizers", "jinja2", "PIL"},
     "quantize": {"numpy"},
     "export": {"numpy", "safetensors", "ml_dtypes", "onnx", "onnx_ir", "onnxscript", "huggingface_hub"},
+    "parity": {"numpy", "safetensors", "PIL", "torch", "transformers"},
     "": {"click", "numpy", "PIL"},
 }
 INTERNAL = {
@@ -48,8 +49,15 @@ INTERNAL = {
         "autoglm_edge.runtime.bundle",
         "autoglm_edge.runtime.manifest",
     ),
+    "parity": (
+        "autoglm_edge.errors",
+        "autoglm_edge.embedded",
+        "autoglm_edge.export.checkpoint",
+        "autoglm_edge.runtime",
+    ),
     "": ("autoglm_edge",),
 }
+RECORDER = "torch_model.py"  # of parity/: where the original model is asked
 # Distribution that an import name comes from, where the two differ.
 DISTRIBUTIONS = {"PIL": "pillow", "onnx_ir": "onnx-ir"}
 HEAVY = ("torch", "transformers", "accelerate", "bitsandbytes", "optimum")
@@ -204,8 +212,10 @@ def test_tests_scripts_and_benchmarks_import_the_folders_by_their_full_name() ->
 
 
 @pytest.mark.parametrize("folder", [*FOLDERS, ""])
-def test_no_product_code_imports_torch_or_transformers(folder: str) -> None:
-    assert [str(item) for item in folder_imports(folder) if item.name.split(".")[0] in HEAVY] == []
+def test_no_product_code_but_the_recorder_imports_torch_or_transformers(folder: str) -> None:
+    heavy = [item for item in folder_imports(folder) if item.name.split(".")[0] in HEAVY]
+
+    assert [str(item) for item in heavy if (folder, item.path.name) != ("parity", RECORDER)] == []
 
 
 def test_third_party_imports_are_declared_dependencies() -> None:
@@ -214,12 +224,14 @@ def test_third_party_imports_are_declared_dependencies() -> None:
 
     plain = names(PROJECT["project"]["dependencies"])
     export = plain | names(PROJECT["project"]["optional-dependencies"]["export"])
+    parity = export | names(PROJECT["project"]["optional-dependencies"]["parity"])
 
     def declared(folder: str) -> set[str]:
         return {DISTRIBUTIONS.get(name, name).lower() for name in THIRD_PARTY[folder]}
 
     assert declared("runtime") | declared("") <= plain
     assert declared("export") | declared("quantize") <= export
+    assert declared("parity") <= parity
 
 
 # --- what an import brings along
@@ -249,6 +261,17 @@ def test_the_exporter_loads_neither_torch_nor_transformers(tmp_path: Path) -> No
     loaded = modules_after("import autoglm_edge.export.pipeline", tmp_path)
 
     assert loaded & set(HEAVY) == set()
+
+
+def test_validation_loads_neither_torch_nor_the_exporter(tmp_path: Path) -> None:
+    statement = "import autoglm_edge.parity.validate, autoglm_edge.parity.page, autoglm_edge.parity.stamp"
+    loaded = modules_after(statement, tmp_path)
+
+    assert loaded & {*HEAVY, "onnx", "onnx_ir", "onnxscript", "ml_dtypes", "click"} == set()
+
+
+def test_the_recorder_loads_torch_only_when_it_records(tmp_path: Path) -> None:
+    assert modules_after("import autoglm_edge.parity.record", tmp_path) & set(HEAVY) == set()
 
 
 # --- public names and the wheel
