@@ -23,8 +23,9 @@ and a task, and answers with the next action.
 
 ## Run it
 
+With the program installed that made it:
+
 ```bash
-pip install autoglm-edge
 autoglm run path/to/this/folder --image screenshot.png "打开设置"
 ```
 

@@ -11,9 +11,11 @@ Shapes: B screens, P patches, N image tokens (P / 4), L row length, C text width
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812
+from pocket_rows import ABSENT
 from pocket_tokenizer import STOP_TOKENS, TOKEN_IDS, VOCABULARY_SIZE
 from torch import Tensor, nn
 from transformers import Glm4vConfig, Glm4vForConditionalGeneration
@@ -23,6 +25,8 @@ IMAGE_HEIGHT, IMAGE_WIDTH = 364, 168
 GRID = (IMAGE_HEIGHT // PATCH, IMAGE_WIDTH // PATCH)
 CELLS = (GRID[0] // 2, GRID[1] // 2)
 NUM_CELLS = CELLS[0] * CELLS[1]
+POINTING_LAYER = 1
+READING_LAYER = 3
 
 
 def make_config() -> Glm4vConfig:
@@ -95,6 +99,18 @@ def make_model(seed: int) -> Glm4vForConditionalGeneration:
     return model
 
 
+class Watched(NamedTuple):
+    """What the extra lessons of the decoder look at.
+
+    `pointing` and `reading` (B, L, L) are logarithms of the attention of the first head of `POINTING_LAYER`
+    and `READING_LAYER`; `middle` (B, L, C) is the residual stream after `POINTING_LAYER`.
+    """
+
+    pointing: Tensor
+    reading: Tensor
+    middle: Tensor
+
+
 class PocketForward(nn.Module):
     """Batched training forward over the modules of a Glm4v model, plus a head that is thrown away.
 
@@ -110,6 +126,8 @@ class PocketForward(nn.Module):
         self.cell_head = nn.Linear(width, num_classes + 4 * 10 + 3)
         nn.init.normal_(self.cell_head.weight, std=width**-0.5)
         nn.init.zeros_(self.cell_head.bias)
+        self.place_head = nn.Linear(width, 4 * 10)
+        self.state_head = nn.Linear(width, 3)
         rows, columns = torch.meshgrid(torch.arange(GRID[0]), torch.arange(GRID[1]), indexing="ij")
         rows, columns = (_block_major(grid) for grid in (rows, columns))  # (P,)
         table = self._position_weights(rows, columns)
@@ -165,35 +183,44 @@ class PocketForward(nn.Module):
         mixed = torch.softmax(scores, -1) @ v
         return attention.proj(mixed.transpose(1, 2).reshape(batch, patches, width))
 
-    def read(self, embeds: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
+    def read(
+        self, embeds: Tensor, positions: Tensor, mask: Tensor, watch: bool = False
+    ) -> tuple[Tensor, Watched | None]:
         """Decoder over packed rows.
 
         Args:
             embeds: (B, L, C) text embeddings with image tokens in place.
             positions: (B, 3, L).
             mask: (B, 1, L, L), true where a token may look.
+            watch: whether to return what the extra lessons need.
 
         Returns:
-            Final hidden states (B, L, C), normalised.
+            Final hidden states (B, L, C), normalised; and what was watched.
         """
         text = self.model.model.language_model
         cos, sin = text.rotary_emb(embeds, positions.transpose(0, 1))  # (B, L, rotary dims)
         cos, sin = cos[:, None], sin[:, None]
-        x = embeds
-        for layer in text.layers:
+        x, paid, middle = embeds, {}, embeds
+        for index, layer in enumerate(text.layers):
             attention = layer.self_attn
             y = _rms(x, layer.input_layernorm)
             q = _heads(attention.q_proj(y), attention.num_heads)  # (B, H, L, D)
             k = _heads(attention.k_proj(y), attention.num_key_value_heads)  # (B, K, L, D)
             v = _heads(attention.v_proj(y), attention.num_key_value_heads)
             q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
+            if watch and index in (POINTING_LAYER, READING_LAYER):
+                scores = (q[:, 0].float() * attention.scaling) @ k[:, 0].float().transpose(1, 2)
+                paid[index] = scores.masked_fill(~mask[:, 0], -1e9).log_softmax(-1)
             k, v = (part.repeat_interleave(attention.num_key_value_groups, 1) for part in (k, v))
             mixed = F.scaled_dot_product_attention(q, k, v.to(q.dtype), mask)
             x = x + _rms(attention.o_proj(mixed.transpose(1, 2).flatten(2)), layer.post_self_attn_layernorm)
             y = _rms(x, layer.post_attention_layernorm)
             gate, up = layer.mlp.gate_up_proj(y).chunk(2, -1)
             x = x + _rms(layer.mlp.down_proj(up * F.silu(gate)), layer.post_mlp_layernorm)
-        return _rms(x, text.norm)
+            if index == POINTING_LAYER:
+                middle = x
+        watched = Watched(paid[POINTING_LAYER], paid[READING_LAYER], middle) if watch else None
+        return _rms(x, text.norm), watched
 
     def embed(self, ids: Tensor, image: Tensor, image_start: Tensor) -> Tensor:
         """Embeddings (B, L, C) of ids (B, L), image tokens (B, N, C) written from `image_start` (B,) on."""
@@ -213,35 +240,98 @@ class PocketForward(nn.Module):
             (answer tokens, V) in row order, or (B, L, V) without `answers_only`; and (B, N, C).
         """
         image = self.see(batch["pixels"])
-        hidden = self.read(*self.decoder_inputs(batch, image))
+        hidden, _ = self.read(*self.decoder_inputs(batch, image))
         if answers_only:
             hidden = hidden[batch["labels"] >= 0]
         return self.model.lm_head(hidden), image
 
-    def cell_loss(self, image: Tensor, cells: Tensor) -> Tensor:
-        """Loss of the thrown-away head: image tokens (B, N, C) against cell labels (B, N, 6)."""
+    def cell_loss(
+        self, image: Tensor, cells: Tensor, class_weight: float = 1.0, everywhere: bool = False
+    ) -> Tensor:
+        """Loss of the thrown-away head: image tokens (B, N, C) against cell labels (B, N, 7).
+
+        `class_weight` is the extra weight of naming the element in cells that show one. Cells that show
+        neither its text nor its icon are spared, unless `everywhere`.
+        """
         out, target = self.cell_head(image).float().flatten(0, 1), cells.flatten(0, 1)
         classes, digits, state = out.split((self.num_classes, 40, 3), -1)
-        loss = F.cross_entropy(classes, target[:, 0])
-        shown = (target[:, 0] != self.num_classes - 1).float()
+        background = self.num_classes - 1
+        shown = (target[:, 0] != background).float()
         weight = shown / shown.sum().clamp(min=1)
+        can_name = torch.ones_like(shown) if everywhere else target[:, 6].float()
+        naming = F.cross_entropy(classes, target[:, 0], reduction="none") * can_name
+        loss = naming.mean() + class_weight * (naming * shown).sum() / (can_name * shown).sum().clamp(min=1)
         for index, part in enumerate(digits.split(10, -1)):
             loss = loss + 0.5 * (F.cross_entropy(part, target[:, index + 1], reduction="none") * weight).sum()
         return loss + 0.5 * (F.cross_entropy(state, target[:, 5], reduction="none") * weight).sum()
+
+    def place_loss(self, watched: Watched, batch: dict[str, Tensor], with_state: bool) -> Tensor:
+        """Ask that the label in a thought knows where it points to, by other heads that are thrown away.
+
+        With `with_state` it must know the state of a switch there, too.
+        """
+        wanted, asked = find_targets(batch)
+        pointers = batch["pointers"][..., :1].clamp(min=0)
+        middle = watched.middle.gather(1, pointers.expand(-1, -1, watched.middle.shape[-1]))[asked]
+        cell = wanted.int().argmax(-1)[..., None].expand(-1, -1, batch["cells"].shape[-1])
+        target = batch["cells"].gather(1, cell)[asked]
+        out = self.place_head(middle).float().split(10, -1)
+        loss = torch.zeros(())
+        for index, part in enumerate(out):
+            loss = loss + F.cross_entropy(part, target[:, index + 1])
+        if with_state:
+            loss = loss + F.cross_entropy(self.state_head(middle).float(), target[:, 5])
+        return loss
 
     def alignment_loss(self, image: Tensor, cells: Tensor, label_tokens: Tensor) -> Tensor:
         """Pull each image token towards the input embedding of its label's text.
 
         Args:
             image: (B, N, C).
-            cells: (B, N, 6) cell labels.
+            cells: (B, N, 7) cell labels.
             label_tokens: (labels, V), row l averages the tokens of label l.
         """
         names = label_tokens @ self.model.model.language_model.embed_tokens.weight
         scores = 16 * F.normalize(image.float(), dim=-1) @ F.normalize(names.float(), dim=-1).T
-        target = cells[..., 0].clone()
-        target[target == self.num_classes - 1] = -100
-        return F.cross_entropy(scores.flatten(0, 1), target.flatten())
+        is_silent = (cells[..., 0] == self.num_classes - 1) | (cells[..., 6] == 0)
+        target = cells[..., 0].masked_fill(is_silent, -1)
+        return F.cross_entropy(scores.flatten(0, 1), target.flatten(), ignore_index=-1)
+
+
+def find_targets(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Where the pointers of a batch should point.
+
+    Returns:
+        (B, Q, N) bool, the image cells that show the label of each pointer; (B, Q) bool, whether any do.
+    """
+    wanted = batch["cells"][:, None, :, 0] == batch["pointers"][..., 1:]
+    wanted &= batch["cells"][:, None, :, 6] > 0
+    return wanted, wanted.any(-1)
+
+
+def pointing_loss(watched: Watched, batch: dict[str, Tensor], with_absent: bool) -> Tensor:
+    """Ask that attention from the label in a thought goes to the image cells that show it.
+
+    With `with_absent` it goes to the very first token when nothing shows it.
+    """
+    wanted, asked = find_targets(batch)
+    pointers = batch["pointers"][..., :1].clamp(min=0)
+    places = batch["image_start"][:, None] + torch.arange(NUM_CELLS)
+    paid = watched.pointing.gather(1, pointers.expand(-1, -1, watched.pointing.shape[-1]))  # (B, Q, L)
+    to_image = paid.gather(2, places[:, None].expand(-1, paid.shape[1], -1))
+    reached = to_image.masked_fill(~wanted, -1e9).logsumexp(-1)
+    if with_absent:
+        is_absent = batch["pointers"][..., 1] == ABSENT
+        reached, asked = torch.where(is_absent, paid[..., 0], reached), asked | is_absent
+    return -(reached * asked).sum() / asked.sum().clamp(min=1)
+
+
+def reading_loss(watched: Watched, batch: dict[str, Tensor]) -> Tensor:
+    """Ask that the tokens before the digits of a point attend to the label in the thought."""
+    sources = batch["sources"]
+    paid = watched.reading.gather(2, sources.clamp(min=0)[..., None])[..., 0]
+    asked = sources >= 0
+    return -(paid * asked).sum() / asked.sum().clamp(min=1)
 
 
 def row_mask(segments: Tensor) -> Tensor:
@@ -287,7 +377,7 @@ def make_optimizers(
         if not parameter.requires_grad:
             continue
         is_matrix = parameter.ndim == 2 and not any(
-            part in name for part in ("embed", "lm_head", "cell_head")
+            part in name for part in ("embed", "lm_head", "cell_head", "place_head", "state_head")
         )
         (rest if not is_matrix else vision if ".visual." in name else text).append(parameter)
     optimizers: list[torch.optim.Optimizer] = [

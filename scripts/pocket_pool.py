@@ -22,6 +22,7 @@ PIXELS = (364, 168)
 CELLS = (13, 6)
 NUM_CELLS = CELLS[0] * CELLS[1]
 BACKGROUND = len(LABELS)
+CELL_FACTS = 7
 STATES = (None, "on", "off")
 SCALE_WEIGHTS = (75, 15, 10)
 
@@ -32,8 +33,9 @@ _CLASS = {label: index for index, label in enumerate(LABELS)}
 class Pool:
     """A number of drawn screens.
 
-    `pixels` is (M, 364, 168, 3) uint8. `cells` is (M, 78, 6) int16: label class (or `BACKGROUND`), the digits
-    of the element centre (hundreds and tens of x, then of y, on the 0-999 scale) and the index of its state.
+    `pixels` is (M, 364, 168, 3) uint8. `cells` is (M, 78, 7) int16: the label class, the digits of the
+    element centre (hundreds and tens of x, then of y, on the 0-999 scale), the index of its state, and 1
+    where the cell can be named: it shows the element's text or icon, or background.
     """
 
     seed: str
@@ -51,9 +53,10 @@ def shrink(image: Image.Image) -> npt.NDArray[np.uint8]:
 
 
 def cell_labels(screen: Screen) -> npt.NDArray[np.int16]:
-    """Label the image cells of a screen by the element that covers most of each; (78, 6) int16."""
-    labels = np.zeros((*CELLS, 6), np.int16)
+    """Label the image cells of a screen by the element that covers most of each; (78, 7) int16."""
+    labels = np.zeros((*CELLS, CELL_FACTS), np.int16)
     labels[..., 0] = BACKGROUND
+    labels[..., 6] = 1
     best = np.zeros(CELLS)
     height, width = screen.height / CELLS[0], screen.width / CELLS[1]
     edges_y, edges_x = np.arange(CELLS[0] + 1) * height, np.arange(CELLS[1] + 1) * width
@@ -65,9 +68,16 @@ def cell_labels(screen: Screen) -> npt.NDArray[np.int16]:
         enough = (cover > 0.25 * width * height) | (cover > 0.4 * (x1 - x0) * (y1 - y0))
         wins = enough & (cover > best)
         best[wins] = cover[wins]
+        x0, y0, x1, y1 = element.sign
+        sign_x = np.minimum(edges_x[1:], x1) - np.maximum(edges_x[:-1], x0) > min(10, 0.4 * (x1 - x0))
+        sign_y = np.minimum(edges_y[1:], y1) - np.maximum(edges_y[:-1], y0) > min(10, 0.4 * (y1 - y0))
+        named = wins & sign_y[:, None] & sign_x[None, :]
+        x0, y0, x1, y1 = element.box
         x, y = int((x0 + x1) / 2 / screen.width * 100 + 0.5), int((y0 + y1) / 2 / screen.height * 100 + 0.5)
-        labels[wins] = (_CLASS[element.label], x // 10, x % 10, y // 10, y % 10, STATES.index(element.state))
-    return labels.reshape(NUM_CELLS, 6)
+        state = STATES.index(element.state)
+        labels[wins] = (_CLASS[element.label], x // 10, x % 10, y // 10, y % 10, state, 0)
+        labels[named, 6] = 1
+    return labels.reshape(NUM_CELLS, CELL_FACTS)
 
 
 def open_pool(folder: Path, seed: str, size: int, processes: int = 2) -> Pool:
@@ -79,7 +89,7 @@ def open_pool(folder: Path, seed: str, size: int, processes: int = 2) -> Pool:
     pixels_path, cells_path = folder / f"{seed}-{size}-pixels.npy", folder / f"{seed}-{size}-cells.npy"
     if not cells_path.exists():
         pixels = np.lib.format.open_memmap(pixels_path, "w+", np.uint8, (size, *PIXELS, 3))
-        cells = np.zeros((size, NUM_CELLS, 6), np.int16)
+        cells = np.zeros((size, NUM_CELLS, CELL_FACTS), np.int16)
         with multiprocessing.Pool(processes) as workers:
             jobs = workers.imap(_draw, ((seed, index) for index in range(size)), chunksize=64)
             for index, (image, labels) in enumerate(jobs):

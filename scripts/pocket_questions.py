@@ -84,8 +84,9 @@ KIND_LABELS: dict[str, tuple[str, ...]] = {
 class Question:
     """One instruction about one screen.
 
-    `kind` groups questions in score tables ("tap", "absent", "toggle", "title", "blind"). `box` is the
-    target in 0-999 (x0, y0, x1, y1), or None when the expected action points nowhere in particular.
+    `kind` groups questions in score tables ("tap", "absent", "toggle", "title", "blind"). `box` is the target
+    in 0-999 (x0, y0, x1, y1), or None when the expected action points nowhere in particular. `target` is the
+    label that the answer is about; `think` begins with it.
     """
 
     kind: str
@@ -93,6 +94,7 @@ class Question:
     think: str
     action: str
     box: Box | None = None
+    target: str | None = None
 
     @property
     def answer(self) -> str:
@@ -222,7 +224,7 @@ def _polish(text: str, language: str, rng: random.Random) -> str:
 
 def _touch_question(screen: Screen, element: Element, action: str, text: str) -> Question:
     box = box_of(element, screen)
-    return Question("tap", text, element.label, touch(action, point_of(box)), box)
+    return Question("tap", text, element.label, touch(action, point_of(box)), box, element.label)
 
 
 def _tap(screen: Screen, rng: random.Random) -> Question:
@@ -245,7 +247,7 @@ def _absent(screen: Screen, rng: random.Random) -> Question:
     label = rng.choice(missing)
     phrase, language = _pick(TAP_PHRASES[kind], rng)
     text = _polish(phrase.format(_name(label, language)), language, rng)
-    return Question("absent", text, f"{label} is not here", swipe("up"))
+    return Question("absent", text, f"{label} is not here", swipe("up"), target=label)
 
 
 def _toggle(screen: Screen, rng: random.Random) -> Question | None:
@@ -263,7 +265,7 @@ def _toggle(screen: Screen, rng: random.Random) -> Question | None:
         text = phrase.format(_name(element.label, language))
         zh_state = "已开启" if is_on else "未开启"
         message = f"{chinese}{zh_state}" if language == "zh" else f"{element.label} is {state}"
-        return Question("toggle", text, think, finish(message))
+        return Question("toggle", text, think, finish(message), target=element.label)
     wants_on = draw < 0.625
     phrases = (
         (("打开{}", "开启{}"), ("Turn on {}", "Enable {}", "Switch {} on"))
@@ -278,10 +280,10 @@ def _toggle(screen: Screen, rng: random.Random) -> Question | None:
             if language == "zh"
             else f"{element.label} is already {state}"
         )
-        return Question("toggle", text, think, finish(message))
+        return Question("toggle", text, think, finish(message), target=element.label)
     assert element.switch is not None
-    box = box_of(Element("switch", element.label, element.switch), screen)
-    return Question("toggle", text, think, touch("Tap", point_of(box)), box)
+    box = box_of(Element("switch", element.label, element.switch, element.switch), screen)
+    return Question("toggle", text, think, touch("Tap", point_of(box)), box, element.label)
 
 
 def _title(screen: Screen, rng: random.Random) -> Question | None:

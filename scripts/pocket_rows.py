@@ -21,13 +21,15 @@ from pocket_pool import CELLS, NUM_CELLS, Pool
 from pocket_questions import Question, ask, decorate
 from pocket_screens import Screen
 from pocket_tokenizer import TOKEN_IDS
-from pocket_vocabulary import SYSTEM_PROMPTS
+from pocket_vocabulary import LABELS, SYSTEM_PROMPTS
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
 
 ROW_LENGTH = 256
+MAX_POINTERS = 16
 PAD_SEGMENT = -1
 IGNORE = -100
+ABSENT = -2
 Asker = Callable[[Screen, random.Random], Question]
 
 
@@ -37,6 +39,9 @@ class Row:
 
     `ids`, `segments` and `labels` are (L,), `positions` is (3, L). Segment 0 is the prefix, question k has
     segment k + 1, padding -1. `labels[i]` is the answer token expected after token i, or `IGNORE`.
+    `pointers` is (16, 2): the index of the last token of a thought's label and the class of that label, or
+    `ABSENT`, for each question that names something, then -1. `sources` is (L,): at tokens before a digit of
+    a point, the index of that last token, elsewhere -1.
     """
 
     ids: npt.NDArray[np.int64]
@@ -45,6 +50,8 @@ class Row:
     labels: npt.NDArray[np.int64]
     questions: list[Question]
     image_start: int
+    pointers: npt.NDArray[np.int64]
+    sources: npt.NDArray[np.int64]
 
 
 class RowMaker:
@@ -54,6 +61,7 @@ class RowMaker:
         self._tokenizer = tokenizer
         self._asker = asker
         self._cache: dict[str, list[int]] = {}
+        self._digits = {token for digit in "0123456789" for token in self.encode(digit)}
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, added tokens recognised."""
@@ -86,6 +94,8 @@ class RowMaker:
         text_start = start + max(CELLS)
         positions[:, prefix - 1] = text_start
         questions: list[Question] = []
+        pointers = np.full((MAX_POINTERS, 2), -1, np.int64)
+        sources = np.full(length, -1, np.int64)
         at = prefix
         while len(questions) < max_questions:
             question = self._asker(screen, rng)
@@ -94,13 +104,20 @@ class RowMaker:
             end = at + len(prompt) + len(answer) - 1  # the terminator is only ever a label
             if end > length:
                 break
+            if question.target is not None and len(questions) < MAX_POINTERS:
+                last = at + len(prompt) + len(self.encode(question.target))
+                is_absent = question.kind == "absent"
+                pointers[len(questions)] = last, ABSENT if is_absent else LABELS.index(question.target)
+                if question.box is not None:
+                    digits = [i for i, token in enumerate(answer) if token in self._digits]
+                    sources[at + len(prompt) - 1 + np.array(digits)] = last
             questions.append(question)
             ids[at:end] = (prompt + answer)[:-1]
             labels[at + len(prompt) - 1 : end] = answer
             segments[at:end] = len(questions)
             positions[:, at:end] = text_start + 1 + np.arange(end - at)
             at = end
-        return Row(ids, segments, positions, labels, questions, start)
+        return Row(ids, segments, positions, labels, questions, start, pointers, sources)
 
 
 class RowDataset(Dataset[dict[str, torch.Tensor]]):
@@ -125,6 +142,8 @@ class RowDataset(Dataset[dict[str, torch.Tensor]]):
             "positions": torch.from_numpy(row.positions),
             "labels": torch.from_numpy(row.labels),
             "image_start": torch.tensor(row.image_start),
+            "pointers": torch.from_numpy(row.pointers),
+            "sources": torch.from_numpy(row.sources),
         }
 
 

@@ -9,13 +9,13 @@ questions or models.
 from __future__ import annotations
 
 import functools
-import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
+from pocket_glyphs import draw_glyph
 from pocket_vocabulary import (
     APPS,
     BUTTONS,
@@ -70,12 +70,14 @@ Area = tuple[float, float, float, float]
 class Element:
     """Something on a screen that an instruction can name.
 
-    `box` is (x0, y0, x1, y1) in dp. `state` and `switch` (its box) exist only for rows with a switch.
+    `box` is (x0, y0, x1, y1) in dp. `sign` is the part of it that tells what it is: its text or its icon.
+    `state` and `switch` (its box) exist only for rows with a switch.
     """
 
     kind: str
     label: str
     box: Area
+    sign: Area
     state: str | None = None
     switch: Area | None = None
 
@@ -106,9 +108,12 @@ class Screen:
         """Record a filled polygon."""
         self.operations.append(("polygon", points, color))
 
-    def text(self, x: float, y: float, text: str, size: float, color: Color, anchor: str = "lm") -> None:
-        """Record a line of text; `anchor` is Pillow's two letters."""
+    def text(self, x: float, y: float, text: str, size: float, color: Color, anchor: str = "lm") -> Area:
+        """Record a line of text and return its area; `anchor` is "lm" (left) or "mm" (centred)."""
         self.operations.append(("text", x, y, text, size, color, anchor))
+        width = _font(round(size)).getlength(text)
+        left = x if anchor == "lm" else x - width / 2
+        return (left, y - size / 2, left + width, y + size / 2)
 
 
 @dataclass(frozen=True)
@@ -198,13 +203,14 @@ def _header(screen: Screen, theme: Theme, rng: random.Random) -> float:
     if rng.random() < 0.5:
         screen.line((30, y - 8, 20, y, 30, y + 8), theme.ink, 3)
         left = 46.0
-    screen.text(left, y, title, size, theme.ink)
-    screen.elements.append(Element("title", title, (left - 6, y - 22, 216, y + 22)))
+    sign = screen.text(left, y, title, size, theme.ink)
+    screen.elements.append(Element("title", title, (left - 6, y - 22, 216, y + 22), sign))
     icons = rng.sample(tuple(HEADER_ICONS), rng.choice((0, 1, 1, 2, 2)))
     for index, label in enumerate(icons):
         x = 328 - 60 * index + rng.uniform(-6, 6)
         _header_icon(screen, label, x, y, theme.ink)
-        screen.elements.append(Element("icon", label, (x - 26, y - 26, x + 26, y + 26)))
+        area = (x - 26, y - 26, x + 26, y + 26)
+        screen.elements.append(Element("icon", label, area, area))
     return y + 34
 
 
@@ -252,7 +258,8 @@ def _home(screen: Screen, theme: Theme, rng: random.Random) -> None:
         _tile(screen, label, x, y, icon, rng)
         screen.text(x, y + icon + 13, label, label_size, ink, "mm")
         half = max(icon / 2, 36)
-        screen.elements.append(Element("app", label, (x - half, y - 4, x + half, y + icon + 24)))
+        area = (x - half, y - 4, x + half, y + icon + 24)
+        screen.elements.append(Element("app", label, area, area))
 
 
 def _tile(screen: Screen, label: str, x: float, y: float, size: float, rng: random.Random) -> None:
@@ -260,111 +267,7 @@ def _tile(screen: Screen, label: str, x: float, y: float, size: float, rng: rand
     color = _shade(app.color, 10, rng)
     screen.rectangle((x - size / 2, y, x + size / 2, y + size), color, size * 0.22)
     ink: Color = BLACK if sum(color) > 480 else WHITE
-    _glyph(screen, app.glyph, x, y + size / 2, size * 0.32, ink, color)
-
-
-def _glyph(screen: Screen, glyph: str, x: float, y: float, r: float, ink: Color, back: Color) -> None:
-    """Draw the sign of an app inside the square of half side `r` around (x, y)."""
-
-    def disc(cx: float, cy: float, radius: float, color: Color) -> None:
-        screen.ellipse(
-            (x + (cx - radius) * r, y + (cy - radius) * r, x + (cx + radius) * r, y + (cy + radius) * r),
-            color,
-        )
-
-    def block(x0: float, y0: float, x1: float, y1: float, color: Color = ink) -> None:
-        screen.rectangle((x + x0 * r, y + y0 * r, x + x1 * r, y + y1 * r), color)
-
-    def shape(*points: float) -> None:
-        screen.polygon(
-            tuple((x if index % 2 == 0 else y) + point * r for index, point in enumerate(points)), ink
-        )
-
-    def stroke(*points: float) -> None:
-        screen.line(
-            tuple((x if index % 2 == 0 else y) + point * r for index, point in enumerate(points)),
-            ink,
-            r * 0.22,
-        )
-
-    if glyph in ("gear", "sun"):
-        for step in range(8):
-            angle = math.pi * step / 4
-            stroke(0, 0, math.cos(angle), math.sin(angle))
-        disc(0, 0, 0.66, ink)
-        if glyph == "gear":
-            disc(0, 0, 0.32, back)
-    elif glyph in ("ring", "globe", "hands"):
-        disc(0, 0, 1, ink)
-        disc(0, 0, 0.74, back)
-        if glyph == "ring":
-            disc(0, 0, 0.4, ink)
-        elif glyph == "globe":
-            stroke(-1, 0, 1, 0)
-            stroke(0, -1, 0, 1)
-        else:
-            stroke(0, -0.6, 0, 0, 0.5, 0.3)
-    elif glyph == "hills":
-        shape(-1, 0.9, -0.3, -0.3, 0.2, 0.5, 0.5, 0.1, 1, 0.9)
-        disc(0.5, -0.6, 0.25, ink)
-    elif glyph == "bar":
-        stroke(-0.8, -0.8, -0.4, 0.3, 0.8, 0.8)
-        disc(-0.75, -0.7, 0.35, ink)
-        disc(0.7, 0.75, 0.35, ink)
-    elif glyph == "bubble":
-        block(-1, -0.8, 1, 0.4)
-        shape(-0.6, 0.4, 0.1, 0.4, -0.6, 1)
-    elif glyph == "person":
-        disc(0, -0.45, 0.45, ink)
-        shape(-0.9, 1, -0.6, 0.2, 0.6, 0.2, 0.9, 1)
-    elif glyph in ("grid", "lines"):
-        for row in (-0.8, 0.0, 0.8):
-            stroke(-0.9, row, 0.9, row)
-            if glyph == "grid":
-                stroke(row, -0.9, row, 0.9)
-    elif glyph == "pin":
-        disc(0, -0.3, 0.65, ink)
-        shape(-0.6, -0.1, 0.6, -0.1, 0, 1)
-        disc(0, -0.3, 0.25, back)
-    elif glyph == "note":
-        disc(-0.5, 0.65, 0.35, ink)
-        disc(0.6, 0.45, 0.35, ink)
-        stroke(-0.25, 0.6, -0.25, -0.8, 0.85, -0.9, 0.85, 0.4)
-    elif glyph == "play":
-        shape(-0.6, -0.9, -0.6, 0.9, 0.9, 0)
-    elif glyph in ("envelope", "card"):
-        block(-1, -0.7, 1, 0.7)
-        if glyph == "card":
-            block(-1, -0.4, 1, -0.1, back)
-        else:
-            screen.line((x - r, y - 0.7 * r, x, y + 0.1 * r, x + r, y - 0.7 * r), back, r * 0.2)
-    elif glyph == "folder":
-        block(-1, -0.5, 1, 0.8)
-        block(-1, -0.8, -0.1, -0.4)
-    elif glyph == "plus":
-        stroke(-0.9, 0, 0.9, 0)
-        stroke(0, -0.9, 0, 0.9)
-    elif glyph == "bag":
-        block(-0.8, -0.3, 0.8, 0.9)
-        stroke(-0.4, -0.3, -0.4, -0.9, 0.4, -0.9, 0.4, -0.3)
-    elif glyph == "heart":
-        disc(-0.42, -0.3, 0.5, ink)
-        disc(0.42, -0.3, 0.5, ink)
-        shape(-0.86, -0.05, 0.86, -0.05, 0, 0.95)
-    elif glyph == "diamond":
-        shape(0, -1, 0.9, 0, 0, 1, -0.9, 0)
-    elif glyph == "book":
-        block(-0.9, -0.8, -0.1, 0.8)
-        block(0.1, -0.8, 0.9, 0.8)
-    elif glyph == "car":
-        block(-1, -0.1, 1, 0.5)
-        shape(-0.6, -0.1, -0.35, -0.7, 0.35, -0.7, 0.6, -0.1)
-        disc(-0.5, 0.55, 0.3, ink)
-        disc(0.5, 0.55, 0.3, ink)
-    else:  # cart
-        stroke(-1, -0.8, -0.6, -0.8, -0.3, 0.4, 0.7, 0.4, 0.95, -0.5, -0.5, -0.5)
-        disc(-0.2, 0.8, 0.2, ink)
-        disc(0.6, 0.8, 0.2, ink)
+    draw_glyph(screen, app.glyph, x, y + size / 2, size * 0.32, ink, color)
 
 
 def _list(screen: Screen, theme: Theme, rng: random.Random) -> None:
@@ -382,14 +285,14 @@ def _list(screen: Screen, theme: Theme, rng: random.Random) -> None:
         if has_icons:
             screen.ellipse((20, middle - 13, 46, middle + 13), _shade((130, 150, 170), 60, rng))
             left = 58.0
-        screen.text(left, middle, label, size, theme.ink)
+        sign = screen.text(left, middle, label, size, theme.ink)
         state, switch = None, None
         if label in SWITCH_ROWS:
             state = rng.choice(("on", "off"))
             switch = _switch(screen, theme, 312 + rng.uniform(-3, 3), middle, state == "on")
         else:
             screen.line((326, middle - 7, 333, middle, 326, middle + 7), theme.faint, 3)
-        screen.elements.append(Element("row", label, (10, y + 2, 350, y + height - 2), state, switch))
+        screen.elements.append(Element("row", label, (10, y + 2, 350, y + height - 2), sign, state, switch))
         y += height
 
 
@@ -404,8 +307,8 @@ def _button(screen: Screen, theme: Theme, area: Area, label: str, is_main: bool)
     x0, y0, x1, y1 = area
     face = theme.accent if is_main else theme.card if theme.card != WHITE else (226, 228, 232)
     screen.rectangle(area, face, (y1 - y0) / 3, None if is_main else theme.faint)
-    screen.text((x0 + x1) / 2, (y0 + y1) / 2, label, 21, WHITE if is_main else theme.ink, "mm")
-    screen.elements.append(Element("button", label, area))
+    sign = screen.text((x0 + x1) / 2, (y0 + y1) / 2, label, 21, WHITE if is_main else theme.ink, "mm")
+    screen.elements.append(Element("button", label, area, sign))
 
 
 def _buttons(
@@ -446,8 +349,8 @@ def _form(screen: Screen, theme: Theme, rng: random.Random) -> None:
     for label in rng.sample(tuple(FIELDS), rng.randint(2, 5)):
         height = rng.uniform(54, 60)
         screen.rectangle((20, y, 340, y + height), theme.card, 8, theme.faint)
-        screen.text(34, y + height / 2, label, 21, theme.ink)
-        screen.elements.append(Element("field", label, (20, y, 340, y + height)))
+        sign = screen.text(34, y + height / 2, label, 21, theme.ink)
+        screen.elements.append(Element("field", label, (20, y, 340, y + height), sign))
         y += pitch
     _buttons(screen, theme, rng, y + rng.uniform(0, 16), 20, 340, rng.random() < 0.4 and y < 560)
 
@@ -460,10 +363,10 @@ def _chats(screen: Screen, theme: Theme, rng: random.Random) -> None:
         middle = y + height / 2
         screen.ellipse((18, middle - 23, 64, middle + 23), _shade((120, 130, 150), 70, rng))
         screen.text(41, middle, name[0], 22, WHITE, "mm")
-        screen.text(78, middle - 11, name, 22, theme.ink)
+        sign = screen.text(78, middle - 11, name, 22, theme.ink)
         screen.text(78, middle + 15, " ".join(rng.sample(FILLER, rng.randint(2, 5))), 14, theme.faint)
         screen.line((78, y + height, 350, y + height), theme.faint, 1)
-        screen.elements.append(Element("person", name, (8, y + 2, 352, y + height - 2)))
+        screen.elements.append(Element("person", name, (8, y + 2, 352, y + height - 2), sign))
         y += height
 
 

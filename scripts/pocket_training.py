@@ -17,15 +17,17 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F  # noqa: N812
-from pocket_model import PocketForward, make_model, make_optimizers, rate_factor
+from pocket_model import PocketForward, make_model, make_optimizers, pointing_loss, rate_factor, reading_loss
 from pocket_pool import BACKGROUND, Pool, open_pool
 from pocket_questions import inside, tapped_point
 from pocket_rows import RowDataset, RowMaker, shuffled
 from pocket_tokenizer import VOCABULARY_SIZE
-from pocket_vocabulary import LABELS
+from pocket_vocabulary import BUTTONS, LABELS
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -33,19 +35,53 @@ Batch = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
+class JointCycle:
+    """One cycle of stage two: how long, and which lessons.
+
+    The learning rate is planned for `planned` steps, of which `steps` are taken. `pointing` is the weight of
+    looking from a label to where it is shown, `placing` that of carrying its place on to the digits;
+    `with_absent` adds things that are not shown and the states of switches. `button_share` of the screens are
+    drawn among those with buttons. `vision_rate` is the peak rate of the vision matrices, `rate` a factor on
+    all rates.
+    """
+
+    steps: int
+    planned: int
+    pointing: float = 0.0
+    placing: float = 0.0
+    with_absent: bool = False
+    button_share: float = 0.0
+    vision_rate: float = 0.01
+    rate: float = 1.0
+
+
+@dataclass(frozen=True)
 class Recipe:
     """Everything that decides the weights, apart from the code: steps, seeds and rates.
 
-    One step takes `batch` screens over all workers.
+    One step takes `batch` screens over all workers. Stage one has cycles, each with its number of steps, a
+    learning rate from peak to nearly nothing, the weight of naming what is seen, and whether to name it in
+    cells that show none of its text. Stage two has `JointCycle`s.
     """
 
     seed: int = 1
     screens: int = 32000
     workers: int = 2
     batch: int = 16
-    vision_steps: int = 2400
-    joint_steps: int = 2200
-    checkpoint_every: int = 550
+    vision_cycles: tuple[tuple[int, float, bool], ...] = (
+        (1400, 0.0, True),
+        (900, 2.0, True),
+        (500, 2.0, False),
+    )
+    joint_cycles: tuple[JointCycle, ...] = (
+        JointCycle(800, 1100),
+        JointCycle(300, 600, pointing=0.5),
+        JointCycle(600, 600, pointing=0.5, placing=0.3),
+        JointCycle(500, 500, pointing=0.5, placing=0.3, with_absent=True),
+        JointCycle(500, 500, pointing=0.5, placing=0.3, with_absent=True, button_share=0.6, vision_rate=0.02),
+        JointCycle(500, 500, pointing=0.5, placing=0.3, with_absent=True, button_share=0.4, rate=0.5),
+    )
+    checkpoint_every: int = 200
     report_every: int = 20
     compiled: bool = True
 
@@ -53,13 +89,13 @@ class Recipe:
 def train(recipe: Recipe, tokenizer_folder: Path, work: Path) -> Path:
     """Run both stages; returns the file with the weights.
 
-    A finished first stage in the work folder (`vision.pt`) is used again.
+    A finished cycle of stage one in the work folder (`vision-0.pt`, ...) is used again.
     """
     pool_folder = work / "pool"
     open_pool(pool_folder, f"train-{recipe.seed}", recipe.screens, recipe.workers)
     open_pool(pool_folder, f"valid-{recipe.seed}", 256, recipe.workers)
     torch.multiprocessing.spawn(_worker, (recipe, tokenizer_folder, work), recipe.workers)
-    return work / "joint.pt"
+    return work / f"joint-{len(recipe.joint_cycles) - 1}.pt"
 
 
 def _worker(rank: int, recipe: Recipe, tokenizer_folder: Path, work: Path) -> None:
@@ -72,18 +108,24 @@ def _worker(rank: int, recipe: Recipe, tokenizer_folder: Path, work: Path) -> No
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     trained = PocketForward(make_model(recipe.seed), len(LABELS) + 1)
     stage = Stage(rank, recipe, trained, tokenizer, pool, valid)
-    vision_file = work / "vision.pt"
-    if not vision_file.exists():
-        stage.run_vision()
-        dist.barrier()
-        if rank == 0:
-            torch.save(trained.state_dict(), vision_file)
-        dist.barrier()
-    trained.load_state_dict(torch.load(vision_file))
-    stage.run_joint(work)
-    if rank == 0:
-        torch.save(trained.state_dict(), work / "joint.pt")
-    dist.barrier()
+    for cycle in range(len(recipe.vision_cycles)):
+        vision_file = work / f"vision-{cycle}.pt"
+        if not vision_file.exists():
+            stage.run_vision(cycle)
+            dist.barrier()
+            if rank == 0:
+                torch.save(trained.state_dict(), vision_file)
+            dist.barrier()
+        trained.load_state_dict(torch.load(vision_file))
+    for cycle in range(len(recipe.joint_cycles)):
+        joint_file = work / f"joint-{cycle}.pt"
+        if not joint_file.exists():
+            stage.run_joint(cycle, work)
+            dist.barrier()
+            if rank == 0:
+                torch.save(trained.state_dict(), joint_file)
+            dist.barrier()
+        trained.load_state_dict(torch.load(joint_file))
     dist.destroy_process_group()
 
 
@@ -109,16 +151,17 @@ class Stage:
             else (lambda function: function)
         )
 
-    def run_vision(self) -> None:
-        """Stage one: the vision tower and the thrown-away head, on screens without questions."""
+    def run_vision(self, cycle: int) -> None:
+        """One cycle of stage one: the vision tower and the thrown-away head, on screens without questions."""
         trained, recipe = self._trained, self._recipe
         trained.model.model.language_model.requires_grad_(False)
         trained.model.lm_head.requires_grad_(False)
-        order = shuffled(len(self._pool.pixels), recipe.vision_steps * recipe.batch, recipe.seed)
+        steps, class_weight, everywhere = recipe.vision_cycles[cycle]
+        order = shuffled(len(self._pool.pixels), steps * recipe.batch, recipe.seed + 100 * cycle)
 
         def loss(pixels: Tensor, cells: Tensor) -> Tensor:
             with torch.autocast("cpu", torch.bfloat16):
-                return trained.cell_loss(trained.see(pixels), cells)
+                return trained.cell_loss(trained.see(pixels), cells, class_weight, everywhere)
 
         compiled = self._compile(loss)
 
@@ -128,17 +171,18 @@ class Stage:
             pixels = torch.from_numpy(self._pool.pixels[indices])
             return {"cells": compiled(pixels, torch.from_numpy(self._pool.cells[indices]).long())}
 
-        self._loop(
-            "vision", step, recipe.vision_steps, make_optimizers(trained, 0.02, 0.02, 2e-3), lambda _: None
-        )
+        optimizers = make_optimizers(trained, 0.02, 0.02, 2e-3)
+        self._loop(f"vision {cycle}", step, steps, optimizers, lambda _: None)
         self._report_cells()
 
-    def run_joint(self, work: Path) -> None:
-        """Stage two: all weights, on packed questions; writes checkpoints into `work`."""
+    def run_joint(self, cycle: int, work: Path) -> None:
+        """One cycle of stage two: all weights, on packed questions; writes checkpoints into `work`."""
         trained, recipe = self._trained, self._recipe
         trained.requires_grad_(True)
-        order = shuffled(len(self._pool.pixels), recipe.joint_steps * recipe.batch, recipe.seed + 1)
-        rows = RowDataset(self._pool, RowMaker(self._tokenizer), recipe.seed, order)
+        plan = recipe.joint_cycles[cycle]
+        order = shuffled(len(self._pool.pixels), plan.planned * recipe.batch, recipe.seed + 1 + 100 * cycle)
+        order = self._favour_buttons(order, plan.button_share, recipe.seed + 100 * cycle)
+        rows = RowDataset(self._pool, RowMaker(self._tokenizer), recipe.seed + 100 * cycle, order)
 
         see = self._compile(trained.see)  # the decoder gains nothing: masked attention takes most of its time
 
@@ -149,12 +193,16 @@ class Stage:
             )
             with torch.autocast("cpu", torch.bfloat16):
                 image = see(batch["pixels"])
-                hidden = trained.read(*trained.decoder_inputs(batch, image))
+                hidden, watched = trained.read(*trained.decoder_inputs(batch, image), watch=True)
+                assert watched is not None
                 answers = batch["labels"] >= 0
                 logits = trained.model.lm_head(hidden[answers])
                 return {
+                    "points": plan.pointing * pointing_loss(watched, batch, plan.with_absent),
+                    "places": plan.placing * trained.place_loss(watched, batch, plan.with_absent),
+                    "reads": plan.placing * reading_loss(watched, batch),
                     "answer": F.cross_entropy(logits.float(), batch["labels"][answers]),
-                    "cells": 0.3 * trained.cell_loss(image, batch["cells"]),
+                    "cells": 0.5 * trained.cell_loss(image, batch["cells"]),
                     "names": 0.5 * trained.alignment_loss(image, batch["cells"], self._label_tokens),
                 }
 
@@ -162,9 +210,21 @@ class Stage:
             if number % recipe.checkpoint_every == 0:
                 self._report_answers()
                 if self._rank == 0:
-                    torch.save(trained.state_dict(), work / f"joint-{number}.pt")
+                    torch.save(trained.state_dict(), work / f"joint-{cycle}-{number}.pt")
 
-        self._loop("joint", step, recipe.joint_steps, make_optimizers(trained, 0.005, 0.02, 3e-3), after)
+        optimizers = make_optimizers(
+            trained, plan.rate * plan.vision_rate, plan.rate * 0.02, plan.rate * 3e-3
+        )
+        self._loop(f"joint {cycle}", step, plan.steps, optimizers, after, plan.planned)
+
+    def _favour_buttons(self, order: npt.NDArray[np.int64], share: float, seed: int) -> npt.NDArray[np.int64]:
+        """Replace a share of the scheduled screens by screens with buttons."""
+        if not share:
+            return order
+        classes = [LABELS.index(label) for label in BUTTONS]
+        candidates = np.flatnonzero(np.isin(self._pool.cells[..., 0], classes).any(1))
+        rng = np.random.default_rng(seed)
+        return np.where(rng.random(len(order)) < share, rng.choice(candidates, len(order)), order)
 
     def _loop(
         self,
@@ -173,6 +233,7 @@ class Stage:
         steps: int,
         optimizers: list[torch.optim.Optimizer],
         after: Callable[[int], None],
+        planned: int | None = None,
     ) -> None:
         parameters = [parameter for parameter in self._trained.parameters() if parameter.requires_grad]
         groups = [group for optimizer in optimizers for group in optimizer.param_groups]
@@ -183,7 +244,7 @@ class Stage:
             torch.stack(list(losses.values())).sum().backward()
             _average_gradients(parameters, self._recipe.workers)
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            factor = rate_factor(number, steps, warm_up=80)
+            factor = rate_factor(number, planned or steps, warm_up=80)
             for group, peak in zip(groups, peaks, strict=True):
                 group["lr"] = peak * factor
             for optimizer in optimizers:
@@ -203,7 +264,7 @@ class Stage:
         out = self._trained.cell_head(self._trained.see(torch.from_numpy(self._valid.pixels[:128])))
         classes, digits, states = out.split((BACKGROUND + 1, 40, 3), -1)
         shown = cells[..., 0] != BACKGROUND
-        right = [(classes.argmax(-1) == cells[..., 0])[shown]]
+        right = [(classes.argmax(-1) == cells[..., 0])[shown & (cells[..., 6] > 0)]]
         right += [
             (part.argmax(-1) == cells[..., i + 1])[shown] for i, part in enumerate(digits.split(10, -1))
         ]

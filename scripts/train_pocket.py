@@ -41,8 +41,20 @@ SAMPLE_PHRASE = "打开{}"
     "--seed", default=Recipe.seed, show_default=True, help="Seed of screens, questions and weights."
 )
 @click.option("--screens", default=Recipe.screens, show_default=True, help="Training screens to draw.")
-@click.option("--vision-steps", default=Recipe.vision_steps, show_default=True, help="Steps of stage one.")
-@click.option("--joint-steps", default=Recipe.joint_steps, show_default=True, help="Steps of stage two.")
+@click.option(
+    "--vision-steps",
+    multiple=True,
+    default=[steps for steps, *_ in Recipe.vision_cycles],
+    show_default=True,
+    help="Steps of a cycle of stage one; give it once per cycle.",
+)
+@click.option(
+    "--joint-steps",
+    multiple=True,
+    default=[cycle.steps for cycle in Recipe.joint_cycles],
+    show_default=True,
+    help="Steps of a cycle of stage two; give it once per cycle.",
+)
 @click.option("--workers", default=Recipe.workers, show_default=True, help="Processes of one thread each.")
 @click.option(
     "--compile/--no-compile", "compiled", default=True, show_default=True, help="Use torch.compile."
@@ -57,8 +69,8 @@ def main(
     work: Path,
     seed: int,
     screens: int,
-    vision_steps: int,
-    joint_steps: int,
+    vision_steps: tuple[int, ...],
+    joint_steps: tuple[int, ...],
     workers: int,
     compiled: bool,
     weights: Path | None,
@@ -70,8 +82,12 @@ def main(
         Recipe(),
         seed=seed,
         screens=screens,
-        vision_steps=vision_steps,
-        joint_steps=joint_steps,
+        vision_cycles=tuple(
+            (steps, *rest) for steps, (_, *rest) in zip(vision_steps, Recipe.vision_cycles, strict=True)
+        ),
+        joint_cycles=tuple(
+            replace(cycle, steps=steps) for steps, cycle in zip(joint_steps, Recipe.joint_cycles, strict=True)
+        ),
         workers=workers,
         compiled=compiled,
     )

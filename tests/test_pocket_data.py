@@ -171,3 +171,22 @@ def test_cells_name_nearly_every_element(screens: list[Screen]) -> None:
         shown += len(screen.elements)
         seen += len(classes)
     assert seen > 0.98 * shown
+
+
+def test_pointers_sit_on_the_last_token_of_the_label_a_thought_begins_with() -> None:
+    pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    from pocket_rows import ABSENT, RowMaker
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(ROOT / "autoglm_edge" / "pocket")
+    row = RowMaker(tokenizer).make(make_screen("row"), random.Random(4))
+
+    named = 0
+    for question, (place, label) in zip(row.questions, row.pointers, strict=False):
+        if question.target is None:
+            continue
+        named += 1
+        assert question.think.startswith(question.target)
+        assert tokenizer.decode(row.ids[: place + 1]).endswith(f"<think>{question.target}")
+        assert label == (ABSENT if question.kind == "absent" else LABELS.index(question.target))
+    assert named
