@@ -107,11 +107,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
         command += ["-i", str(sample_screenshot())]
     watched = check(watch(command))
-    return {
-        **json.loads(watched.stdout.splitlines()[-1]),
-        "wall_seconds": round(watched.seconds, 1),
-        "peak": watched.peak,
-    }
+    answer = json.loads(watched.stdout.splitlines()[-1])
+    kept = {name: answer[name] for name in ("usage", "timings", "image_size", "finish_reason")}
+    return {**kept, "wall_seconds": round(watched.seconds, 1), "peak": watched.peak}
 
 
 def check(watched: Watched) -> Watched:

@@ -63,7 +63,7 @@ SAMPLE_PHRASE = "打开{}"
     "--weights", type=click.Path(path_type=Path), help="Save this file of the work folder; do not train."
 )
 @click.option("--evaluate-only", is_flag=True, help="Score the folder given with --out.")
-@click.option("--questions", default=600, show_default=True, help="Held-out questions per score table.")
+@click.option("--questions", default=500, show_default=True, help="Held-out questions per score table.")
 def main(
     out: Path,
     work: Path,
@@ -103,7 +103,7 @@ def main(
         for name, count, scale, toggles_only in (
             ("360x800", questions, 1, False),
             ("1080x2400", questions, 3, False),
-            ("toggles", questions // 4, 1, True),
+            ("toggles", questions * 3 // 10, 1, True),
         )
     }
     click.echo(json.dumps(report, ensure_ascii=False))
