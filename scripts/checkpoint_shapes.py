@@ -7,29 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-SPECIAL_TOKENS = (
-    "<|endoftext|>",
-    "[MASK]",
-    "[gMASK]",
-    "[sMASK]",
-    "<sop>",
-    "<eop>",
-    "<|system|>",
-    "<|user|>",
-    "<|assistant|>",
-    "<|observation|>",
-    "<|begin_of_image|>",
-    "<|end_of_image|>",
-    "<|begin_of_video|>",
-    "<|end_of_video|>",
-    "<|image|>",
-    "<|video|>",
-)
-"""In the order of the GLM-4 vocabulary."""
-PLAIN_ADDED_TOKENS = ("<think>", "</think>", "<answer>", "</answer>")
-"""Added tokens that are text to a decoder; they follow the special ones."""
-ADDED_TOKENS = SPECIAL_TOKENS + PLAIN_ADDED_TOKENS
-EOS_TOKENS = ("<|endoftext|>", "<|user|>", "<|observation|>", "</answer>")
+from glm_tokens import ADDED_TOKENS
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from checkpoint_shapes import ADDED_TOKENS, SPECIAL_TOKENS, Shape
+from checkpoint_shapes import Shape
+from glm_tokens import ADDED_TOKENS, SPECIAL_TOKENS
 
 SPACED_WORDS = (
     "the and you are phone agent screen user task action answer with one then next page open tap on to of in "

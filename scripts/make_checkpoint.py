@@ -24,9 +24,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from checkpoint_shapes import ADDED_TOKENS, EOS_TOKENS, SHAPES, Shape, tensor_shapes
+from checkpoint_shapes import SHAPES, Shape, tensor_shapes
 from checkpoint_tokenizer import CHAT_TEMPLATE, tokenizer_json, write_json, write_tokenizer
 from checkpoint_weights import DTYPES, Dtype, write_weights
+from glm_tokens import ADDED_TOKENS, EOS_TOKENS
 
 __all__ = [
     "ADDED_TOKENS",

@@ -15,8 +15,9 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812
+from glm_tokens import EOS_TOKENS
 from pocket_rows import ABSENT
-from pocket_tokenizer import STOP_TOKENS, TOKEN_IDS, VOCABULARY_SIZE
+from pocket_tokenizer import TOKEN_IDS, VOCABULARY_SIZE
 from torch import Tensor, nn
 from transformers import Glm4vConfig, Glm4vForConditionalGeneration
 
@@ -31,7 +32,7 @@ READING_LAYER = 3
 
 def make_config() -> Glm4vConfig:
     """Configuration of the pocket model: the real architecture at about 1/2700 of its size."""
-    stops = [TOKEN_IDS[token] for token in STOP_TOKENS]
+    stops = [TOKEN_IDS[token] for token in EOS_TOKENS]
     return Glm4vConfig(
         architectures=["Glm4vForConditionalGeneration"],
         text_config={

@@ -12,35 +12,14 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from glm_tokens import ADDED_TOKENS, PLAIN_TOKENS, SPECIAL_TOKENS
 from pocket_vocabulary import CHINESE, LABELS, PEOPLE
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 VOCABULARY_SIZE = 1536
-SPECIAL_TOKENS: tuple[str, ...] = (
-    "<|endoftext|>",
-    "[MASK]",
-    "[gMASK]",
-    "[sMASK]",
-    "<sop>",
-    "<eop>",
-    "<|system|>",
-    "<|user|>",
-    "<|assistant|>",
-    "<|observation|>",
-    "<|begin_of_image|>",
-    "<|end_of_image|>",
-    "<|begin_of_video|>",
-    "<|end_of_video|>",
-    "<|image|>",
-    "<|video|>",
-)
-PLAIN_TOKENS: tuple[str, ...] = ("<think>", "</think>", "<answer>", "</answer>")
-BPE_SIZE = VOCABULARY_SIZE - len(SPECIAL_TOKENS) - len(PLAIN_TOKENS)
-TOKEN_IDS: dict[str, int] = {
-    token: BPE_SIZE + index for index, token in enumerate(SPECIAL_TOKENS + PLAIN_TOKENS)
-}
-STOP_TOKENS: tuple[str, ...] = ("<|endoftext|>", "<|user|>", "<|observation|>", "</answer>")
+BPE_SIZE = VOCABULARY_SIZE - len(ADDED_TOKENS)
+TOKEN_IDS: dict[str, int] = {token: BPE_SIZE + index for index, token in enumerate(ADDED_TOKENS)}
 
 # Letters with at most one leading mark, one digit, marks with trailing newlines, then white space.
 SPLIT = (

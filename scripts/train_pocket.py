@@ -19,11 +19,12 @@ from pathlib import Path
 
 import click
 import torch
+from glm_tokens import EOS_TOKENS
 from pocket_model import PocketForward, make_model
 from pocket_questions import ask, ask_tap, decorate
 from pocket_scores import Scores, evaluate
 from pocket_screens import Screen, make_screen, render
-from pocket_tokenizer import STOP_TOKENS, TOKEN_IDS, save_tokenizer, train_tokenizer
+from pocket_tokenizer import TOKEN_IDS, save_tokenizer, train_tokenizer
 from pocket_training import Recipe, train
 from pocket_vocabulary import LABELS, SYSTEM_PROMPTS
 from transformers import GenerationConfig, Glm4vForConditionalGeneration
@@ -133,7 +134,7 @@ def write_model(model: Glm4vForConditionalGeneration, out: Path) -> None:
     model.config.dtype = "bfloat16"
     model.generation_config = GenerationConfig(
         do_sample=False,
-        eos_token_id=[TOKEN_IDS[token] for token in STOP_TOKENS],
+        eos_token_id=[TOKEN_IDS[token] for token in EOS_TOKENS],
         pad_token_id=TOKEN_IDS["<|endoftext|>"],
     )
     model.save_pretrained(out)
