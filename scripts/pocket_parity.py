@@ -16,6 +16,7 @@ import json
 import platform
 import tempfile
 from collections.abc import Sequence
+from datetime import date
 from pathlib import Path
 from typing import Literal
 
@@ -93,7 +94,8 @@ def page(reports: dict[str, Report], count: int) -> str:
     links = ", ".join(f"[{recipe}]({recipe}.html)" for recipe in reports)
     return (
         "# The pocket model in all recipes\n\n"
-        "Made by `python scripts/pocket_parity.py`; what the figures mean is in [parity.md](../parity.md).\n"
+        f"Made on {date.today().isoformat()} by `python scripts/pocket_parity.py --count {count}`; "
+        "what the figures mean is in [parity.md](../parity.md).\n"
         f"{count} newly drawn screens, one question each; {versions}; {platform.machine()}, Python "
         f"{platform.python_version()}.\n\nPages with plots: {links}.\n\n"
         + "\n".join("| " + " | ".join(row) + " |" for row in table)
