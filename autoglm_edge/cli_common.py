@@ -12,13 +12,14 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 import click
 
-from autoglm_edge.errors import BundleError, EdgeError
+from autoglm_edge.errors import BundleError, DependencyError, EdgeError
 
 _CONTROLS = {code: "\ufffd" for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"}
 
@@ -121,6 +122,41 @@ def read_stdin() -> str:
 
 def _os_reason(error: OSError) -> str:
     return f"{error.filename or 'a read or a write'} failed: {error.strerror or error}"
+
+
+image_layout_option = click.option(
+    "--image-layout",
+    type=click.Choice(["plain", "newline"]),
+    default="plain",
+    show_default=True,
+    help="What stands between picture and text; vLLM's string format has a newline.",
+)
+device_option = click.option(
+    "--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Where to compute."
+)
+
+
+@contextmanager
+def needs_extra(extra: str, packages: Collection[str], who: str) -> Iterator[None]:
+    """Around an import: say which extra brings a package that is missing.
+
+    Args:
+        extra: name of the extra.
+        packages: what it brings; anything else that is missing is a fault of ours and goes through.
+        who: beginning of the sentence, such as "an export".
+
+    Raises:
+        DependencyError: one of the packages is not installed.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] not in packages:
+            raise
+        raise DependencyError(
+            f"{who} needs the package {error.name}, which is not installed; "
+            f'run pip install "autoglm-edge[{extra}]"'
+        ) from error
 
 
 def check_is_bundle(path: Path) -> None:

@@ -14,8 +14,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from autoglm_edge.cli_common import EdgeCommand, ProgressLine, examples, format_bytes, print_json
-from autoglm_edge.errors import DependencyError
+from autoglm_edge.cli_common import (
+    EdgeCommand,
+    ProgressLine,
+    examples,
+    format_bytes,
+    needs_extra,
+    print_json,
+)
 
 if TYPE_CHECKING:
     from autoglm_edge.export.progress import ProgressEvent
@@ -110,7 +116,8 @@ def export(
         "resume": resume,
         "force": force,
     }
-    pipeline = _pipeline()
+    with needs_extra("export", _EXPORT_PACKAGES, "an export"):
+        from autoglm_edge.export import pipeline
     progress = ProgressLine()
     if estimate:
         report = pipeline.estimate(model, place, **options)
@@ -153,24 +160,6 @@ def default_output(model: str | None, recipe: str) -> str:
     name = Path(model or "").resolve().name if folder else (model or POCKET).rstrip("/").split("/")[-1]
     kind = Path(recipe).stem if recipe.endswith(".toml") else recipe
     return "-".join(re.sub(r"[^\w.-]+", "-", part).strip("-") or "model" for part in (name, kind))
-
-
-def _pipeline() -> Any:
-    """The export pipeline.
-
-    Raises:
-        DependencyError: a package of the extra `export` is not installed.
-    """
-    try:
-        from autoglm_edge.export import pipeline
-    except ModuleNotFoundError as error:
-        if (error.name or "").split(".")[0] not in _EXPORT_PACKAGES:
-            raise
-        raise DependencyError(
-            f"an export needs the package {error.name}, which is not installed; "
-            'run pip install "autoglm-edge[export]"'
-        ) from error
-    return pipeline
 
 
 def _show(progress: ProgressLine, event: ProgressEvent) -> None:

@@ -10,8 +10,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from autoglm_edge.cli_common import EdgeCommand, examples, format_bytes, print_json
-from autoglm_edge.errors import DependencyError
+from autoglm_edge.cli_common import (
+    EdgeCommand,
+    device_option,
+    examples,
+    format_bytes,
+    image_layout_option,
+    needs_extra,
+    print_json,
+)
 
 if TYPE_CHECKING:
     from autoglm_edge.parity.torch_model import Baseline
@@ -42,9 +49,7 @@ _PARITY_PACKAGES = ("safetensors", "ml_dtypes", "huggingface_hub")
     help="small, full, or a JSON Lines file of your own prompts; see docs/parity.md.",
 )
 @click.option("--seed", type=int, help="Draw other pictures. [default: a fixed one]")
-@click.option(
-    "--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Where to compute."
-)
+@device_option
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "bfloat16"]),
@@ -66,13 +71,7 @@ _PARITY_PACKAGES = ("safetensors", "ml_dtypes", "huggingface_hub")
     "--top-k", type=click.IntRange(min=1), default=64, show_default=True, help="Logits kept per position."
 )
 @click.option("--full-logits", is_flag=True, help="Keep all logits; exact, and large.")
-@click.option(
-    "--image-layout",
-    type=click.Choice(["plain", "newline"]),
-    default="plain",
-    show_default=True,
-    help="What stands between picture and text; vLLM's string format has a newline.",
-)
+@image_layout_option
 @click.option(
     "--max-image-tokens", type=click.IntRange(min=1), metavar="N", help="Image budget, as at the export."
 )
@@ -103,7 +102,8 @@ def record(
     holds the likeliest tokens of every position, the answers, vision features, and what it was made with;
     `autoglm validate` compares bundles with it.
     """
-    module = _module()
+    with needs_extra("parity", _PARITY_PACKAGES, "recording"):
+        from autoglm_edge.parity import record as module
     if checkpoint is None:
         click.echo(
             "No CHECKPOINT given: taking pocket, the small model that comes with this package", err=True
@@ -147,21 +147,3 @@ def show_prompt(name: str, done: int, total: int) -> None:
     """A line on stderr for every prompt that is begun."""
     if done < total:
         click.echo(f"[{done + 1}/{total}] {name}", err=True)
-
-
-def _module() -> Any:
-    """The recorder.
-
-    Raises:
-        DependencyError: a package of the extra `parity` is not installed.
-    """
-    try:
-        from autoglm_edge.parity import record as module
-    except ModuleNotFoundError as error:
-        if (error.name or "").split(".")[0] not in _PARITY_PACKAGES:
-            raise
-        raise DependencyError(
-            f"recording needs the package {error.name}, which is not installed; "
-            'run pip install "autoglm-edge[parity]"'
-        ) from error
-    return module

@@ -26,7 +26,9 @@ from autoglm_edge.cli_common import (
     EdgeCommand,
     as_unicode,
     check_is_bundle,
+    device_option,
     examples,
+    image_layout_option,
     print_json,
     read_stdin,
 )
@@ -88,16 +90,8 @@ def _sampling_options(command: Callable[..., None]) -> Callable[..., None]:
     help="Tokens that prompt and answer may have together.",
 )
 @click.option("--threads", type=click.IntRange(min=1), metavar="N", help="Threads. [default: one per core]")
-@click.option(
-    "--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Where to compute."
-)
-@click.option(
-    "--image-layout",
-    type=click.Choice(["plain", "newline"]),
-    default="plain",
-    show_default=True,
-    help="What stands between picture and text; vLLM's string format has a newline.",
-)
+@device_option
+@image_layout_option
 @click.option(
     "--max-image-tokens", type=click.IntRange(min=1), metavar="N", help="Shrink larger pictures to N tokens."
 )
