@@ -1,16 +1,24 @@
-"""Number formats of weights, and recipes that say which tensor gets which."""
+"""Number formats of weights, how their integers are chosen, and recipes that say which tensor gets which."""
 
 from .formats import BlockFormat, Quantized, dequantize_rows, quantize_rows
+from .gptq import GptqFactor, factor, gptq_rows
 from .recipe import PRESETS, Recipe, Rule, read_recipe, resolve
+from .refine import search_rows
+from .rule import Refinement
 
 __all__ = [
     "PRESETS",
     "BlockFormat",
+    "GptqFactor",
     "Quantized",
     "Recipe",
+    "Refinement",
     "Rule",
     "dequantize_rows",
+    "factor",
+    "gptq_rows",
     "quantize_rows",
     "read_recipe",
     "resolve",
+    "search_rows",
 ]

@@ -6,17 +6,20 @@ nothing of tensor names, files or graphs, and needs numpy only.
 Along K, `block_size` neighbours share a scale, and unless the format is symmetric a zero point. A stored
 integer q stands for (q - zero_point) * scale. Layout, specified with an example in docs/bundle.md:
 
-    data         uint8 (N, blocks, block_size * bits / 8)   4 bits: the earlier weight in the low nibble
+    data         uint8 (N, blocks, block_size * field_bits / 8)   4 bits: the earlier weight in the low nibble
     scales       float (N, blocks)
-    zero points  uint8 (N, ceil(blocks * bits / 8))         4 bits: the earlier block in the low nibble
+    zero points  uint8 (N, ceil(blocks * field_bits / 8))         4 bits: the earlier block in the low nibble
+
+A field has 4 or 8 bits, which is what the kernels of every onnxruntime read. Integers of 2 and 3 bits, which
+exist to show what too few bits do, lie in 4-bit fields and save nothing.
 
 Rounding is to the nearest integer. Rules, with `top` the largest integer, 2 ** bits - 1:
 
     asymmetric   the block's range, widened to hold 0.0, is spread over 0..top: scale = (max - min) / top,
                  zero_point = round(-min / scale). Every weight comes back within half a step.
-    symmetric    the weight of largest magnitude, m, becomes the integer 0, which has the farthest reach:
-                 scale = m / -(2 ** (bits - 1)). Hence scales of either sign. Weights come back within half a
-                 step, those near -m (which has one integer less) within one.
+    symmetric    the weight of largest magnitude, m, becomes the lowest integer, which has the farthest
+                 reach: scale = m / -(2 ** (bits - 1)). Hence scales of either sign. Weights come back within
+                 half a step, those near -m (which has one integer less) within one.
 
 Scales are rounded to the dtype they are stored in, away from zero, before the integers are computed, so that
 the integers fit the scale that is read back. 0.0 always comes back as 0.0; a block of zeros has scale 0.
@@ -24,6 +27,7 @@ the integers fit the scale that is read back. 0.0 always comes back as 0.0; a bl
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -50,9 +54,9 @@ class BlockFormat:
     """Integers of a few bits; `block_size` neighbours along the input dimension share a scale.
 
     Attributes:
-        bits: 4 or 8.
+        bits: 2, 3, 4 or 8.
         block_size: 32, 64 or 128.
-        symmetric: no zero points stored; the integer 2 ** (bits - 1) means 0.0.
+        symmetric: no zero points stored; the middle of the field, 8 or 128, means 0.0.
     """
 
     bits: int
@@ -60,20 +64,35 @@ class BlockFormat:
     symmetric: bool
 
     def __post_init__(self) -> None:
-        if self.bits not in (4, 8):
-            raise QuantError(f"bits is {self.bits}, must be 4 or 8")
+        if self.bits not in (2, 3, 4, 8):
+            raise QuantError(f"bits is {self.bits}, must be 2, 3, 4 or 8")
         if self.block_size not in (32, 64, 128):
             raise QuantError(f"block size is {self.block_size}, must be 32, 64 or 128")
 
     @property
+    def field_bits(self) -> int:
+        """Bits that an integer takes up when stored, 4 or 8; what the kernels are told."""
+        return 8 if self.bits == 8 else 4
+
+    @property
     def block_bytes(self) -> int:
         """Bytes of the packed integers of one block."""
-        return self.block_size * self.bits // 8
+        return self.block_size * self.field_bits // 8
 
     @property
     def middle(self) -> int:
-        """The integer that means 0.0 in a symmetric format."""
-        return 1 << (self.bits - 1)
+        """The integer that means 0.0 in a symmetric format: the zero point that kernels assume, 8 or 128."""
+        return 1 << (self.field_bits - 1)
+
+    @property
+    def lowest(self) -> int:
+        """The smallest integer stored."""
+        return self.middle - (1 << (self.bits - 1)) if self.symmetric else 0
+
+    @property
+    def highest(self) -> int:
+        """The largest integer stored: `lowest` + 2 ** bits - 1."""
+        return self.lowest + (1 << self.bits) - 1
 
     def blocks(self, columns: int) -> int:
         """Blocks in a row of `columns` weights; the last one may be padded."""
@@ -81,7 +100,7 @@ class BlockFormat:
 
     def zero_point_bytes(self, columns: int) -> int:
         """Bytes of packed zero points of a row of `columns` weights; 0 if symmetric."""
-        return 0 if self.symmetric else -(-self.blocks(columns) * self.bits // 8)
+        return 0 if self.symmetric else -(-self.blocks(columns) * self.field_bits // 8)
 
     def size_bytes(self, rows: int, columns: int, scale_bytes: int = 4) -> int:
         """Bytes of all that is stored of a (rows, columns) matrix, with scales of `scale_bytes` each."""
@@ -123,41 +142,13 @@ def quantize_rows(
     Raises:
         QuantError: `rows` is not a float32 matrix, or holds inf, nan or a weight above LARGEST_WEIGHT.
     """
-    if rows.ndim != 2 or rows.dtype != np.float32 or rows.shape[1] == 0:
-        raise QuantError(
-            f"weights to quantize are {rows.dtype} {rows.shape}, must be a float32 matrix (N, K)"
-        )
-    if scale_dtype not in LARGEST_WEIGHT:
-        raise QuantError(f"scale dtype is {scale_dtype!r}, must be float32 or float16")
-    count, columns = rows.shape
-    blocks = fmt.blocks(columns)
-    step = max(1, CHUNK_WEIGHTS // columns)
-    chunk = _Chunk(min(step, count), blocks, fmt)
-    padded: NDArray[np.float32] | None = None
-    if columns % fmt.block_size or not rows.flags.c_contiguous:
-        padded = np.zeros((min(step, count), blocks * fmt.block_size), np.float32)
-
-    data = np.empty((count, blocks, fmt.block_bytes), np.uint8)
-    scales: NDArray[Any] = np.empty((count, blocks), scale_dtype)
-    zero_points = None if fmt.symmetric else np.empty((count, blocks), np.uint8)
-    for start in range(0, count, step):
-        stop = min(start + step, count)
-        part = rows[start:stop]
-        if padded is not None:
-            padded[: stop - start, :columns] = part
-            part = padded[: stop - start]
-        integers, part_scales, part_zeros = chunk.quantize(
-            part.reshape(-1, fmt.block_size), scale_dtype, start
-        )
-        scales[start:stop] = part_scales.reshape(-1, blocks)
-        if zero_points is not None:
-            zero_points[start:stop] = part_zeros.reshape(-1, blocks)
-        flat = data[start:stop].reshape(-1, fmt.block_bytes)
-        if fmt.bits == 4:
-            _pack_pairs(integers, flat)
-        else:
-            np.copyto(flat, integers)
-    return Quantized(data, scales, None if zero_points is None else _pack_zero_points(zero_points, fmt))
+    check_rows(rows, scale_dtype)
+    chunks = Chunks(rows, fmt, scale_dtype, CHUNK_WEIGHTS)
+    rounder = Rounder(chunks.most_blocks, fmt)
+    for start, values in chunks:
+        scales, zeros = rounder.grid(values, scale_dtype, start)
+        chunks.store(start, rounder.round(values, scales, zeros), scales, zeros)
+    return chunks.quantized()
 
 
 def dequantize_rows(quantized: Quantized, fmt: BlockFormat, columns: int) -> NDArray[np.float32]:
@@ -176,7 +167,7 @@ def dequantize_rows(quantized: Quantized, fmt: BlockFormat, columns: int) -> NDA
     """
     count, blocks = len(quantized.data), fmt.blocks(columns)
     _check(quantized, fmt, columns)
-    if fmt.bits == 4:
+    if fmt.field_bits == 4:
         integers = unpack_nibbles(quantized.data.reshape(count, -1))
     else:
         integers = quantized.data.reshape(count, -1)
@@ -184,7 +175,9 @@ def dequantize_rows(quantized: Quantized, fmt: BlockFormat, columns: int) -> NDA
     if quantized.zero_points is None:
         floats -= np.float32(fmt.middle)
     else:
-        zeros = quantized.zero_points if fmt.bits == 8 else unpack_nibbles(quantized.zero_points)[:, :blocks]
+        zeros = quantized.zero_points
+        if fmt.field_bits == 4:
+            zeros = unpack_nibbles(zeros)[:, :blocks]
         floats -= zeros[..., None].astype(np.float32)
     floats *= quantized.scales[..., None].astype(np.float32)
     return np.ascontiguousarray(floats.reshape(count, -1)[:, :columns])
@@ -213,23 +206,102 @@ def unpack_nibbles(packed: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return integers
 
 
-class _Chunk:
-    """Scratch memory for one pass of quantize_rows, used again for every chunk of a matrix."""
+def check_rows(rows: NDArray[np.float32], scale_dtype: str) -> None:
+    """Refuse what no format takes.
 
-    def __init__(self, rows: int, blocks: int, fmt: BlockFormat) -> None:
+    Raises:
+        QuantError: `rows` is not a float32 matrix, or the dtype of the scales is not known.
+    """
+    if rows.ndim != 2 or rows.dtype != np.float32 or rows.shape[1] == 0:
+        raise QuantError(
+            f"weights to quantize are {rows.dtype} {rows.shape}, must be a float32 matrix (N, K)"
+        )
+    if scale_dtype not in LARGEST_WEIGHT:
+        raise QuantError(f"scale dtype is {scale_dtype!r}, must be float32 or float16")
+
+
+class Chunks:
+    """A matrix cut into chunks of whole rows that stay in cache, and the arrays that its integers go to.
+
+    Iterating gives (first row, float32 (blocks, block_size)), contiguous, the last block of a row padded with
+    0.0; the next step may overwrite it. `store` takes what became of it.
+    """
+
+    def __init__(
+        self, rows: NDArray[np.float32], fmt: BlockFormat, scale_dtype: ScaleDtype, weights: int
+    ) -> None:
+        """Cut `rows` (N, K) into chunks of about `weights` weights, at least one row."""
+        count, columns = rows.shape
+        self.rows, self.fmt = rows, fmt
+        self.blocks = fmt.blocks(columns)
+        self.step = max(1, min(weights // columns, count))
+        self.most_blocks = self.step * self.blocks
+        self.data = np.empty((count, self.blocks, fmt.block_bytes), np.uint8)
+        self.scales: NDArray[Any] = np.empty((count, self.blocks), scale_dtype)
+        self.zero_points = None if fmt.symmetric else np.empty((count, self.blocks), np.uint8)
+
+    def __iter__(self) -> Iterator[tuple[int, NDArray[np.float32]]]:
+        count, columns = self.rows.shape
+        padded: NDArray[np.float32] | None = None
+        if columns % self.fmt.block_size or not self.rows.flags.c_contiguous:
+            padded = np.zeros((self.step, self.blocks * self.fmt.block_size), np.float32)
+        for start in range(0, count, self.step):
+            part = self.rows[start : start + self.step]
+            if padded is not None:
+                padded[: len(part), :columns] = part
+                part = padded[: len(part)]
+            yield start, part.reshape(-1, self.fmt.block_size)
+
+    def store(
+        self, start: int, integers: NDArray[np.uint8], scales: NDArray[Any], zeros: NDArray[np.float32]
+    ) -> None:
+        """Put away a chunk.
+
+        Args:
+            start: its first row.
+            integers: uint8 (blocks, block_size), contiguous; overwritten.
+            scales: in the stored dtype (blocks,).
+            zeros: zero points, whole numbers (blocks,); not used if the format is symmetric.
+        """
+        stop = start + len(scales) // self.blocks
+        self.scales[start:stop] = scales.reshape(-1, self.blocks)
+        if self.zero_points is not None:
+            self.zero_points[start:stop] = zeros.reshape(-1, self.blocks)
+        flat = self.data[start:stop].reshape(-1, self.fmt.block_bytes)
+        if self.fmt.field_bits == 4:
+            _pack_pairs(integers, flat)
+        else:
+            np.copyto(flat, integers)
+
+    def quantized(self) -> Quantized:
+        """The whole matrix, once all chunks are stored."""
+        zeros = self.zero_points
+        if zeros is not None and self.fmt.field_bits == 4:
+            zeros = pack_nibbles(zeros)
+        return Quantized(self.data, self.scales, zeros)
+
+
+class Rounder:
+    """Plain rounding of one chunk of blocks, with scratch memory that is used again for every chunk."""
+
+    def __init__(self, count: int, fmt: BlockFormat) -> None:
         self.fmt = fmt
-        count = rows * blocks
         self.work = np.empty((count, fmt.block_size), np.float32)
         self.integers = np.empty((count, fmt.block_size), np.uint8)
         self.starts = np.arange(0, count * fmt.block_size, fmt.block_size, dtype=np.intp)
 
-    def quantize(
+    def grid(
         self, values: NDArray[np.float32], scale_dtype: ScaleDtype, first_row: int
-    ) -> tuple[NDArray[np.uint8], NDArray[Any], NDArray[np.float32]]:
-        """Quantize (blocks, block_size) contiguous values.
+    ) -> tuple[NDArray[Any], NDArray[np.float32]]:
+        """Scales, in the stored dtype (blocks,), and zero points, whole numbers (blocks,), of plain rounding.
 
-        Returns:
-            Integers (blocks, block_size), which the next call overwrites; scales and zero points (blocks).
+        Args:
+            values: (blocks, block_size), contiguous.
+            scale_dtype: the dtype that the scales are stored in.
+            first_row: of the matrix, for the error.
+
+        Raises:
+            QuantError: a weight is not finite or too large.
         """
         fmt = self.fmt
         count = len(values)
@@ -242,38 +314,46 @@ class _Chunk:
         if not (high.max() <= limit and low.min() >= -limit):
             _refuse(values, scale_dtype, first_row)
 
-        top = np.float32(2**fmt.bits - 1)
         if fmt.symmetric:
             scales = np.where(high >= -low, high, low)
-            scales /= np.float32(-fmt.middle)
+            scales /= np.float32(fmt.lowest - fmt.middle)
         else:
             np.maximum(high, np.float32(0), out=high)
             np.minimum(low, np.float32(0), out=low)
             scales = high - low
-            scales /= top
-        stored = _round_scales(scales, scale_dtype)
-        scales = stored.astype(np.float32, copy=False)
-        divisors = np.where(scales == 0, np.float32(1), scales)
+            scales /= np.float32(fmt.highest)
+        stored = round_scales(scales, scale_dtype)
         if fmt.symmetric:
-            zeros = np.full(count, fmt.middle, np.float32)
-        else:
-            zeros = np.rint(low / -divisors)
-            np.clip(zeros, np.float32(0), top, out=zeros)
+            return stored, np.full(count, fmt.middle, np.float32)
+        zeros = np.rint(low / -divisors(stored))
+        np.clip(zeros, np.float32(fmt.lowest), np.float32(fmt.highest), out=zeros)
+        return stored, zeros
 
-        work, integers = self.work[:count], self.integers[:count]
-        np.divide(values, divisors[:, None], out=work)
+    def round(
+        self, values: NDArray[np.float32], scales: NDArray[Any], zeros: NDArray[np.float32]
+    ) -> NDArray[np.uint8]:
+        """Integers (blocks, block_size) for these scales and zero points; the next call overwrites them."""
+        fmt = self.fmt
+        work, integers = self.work[: len(values)], self.integers[: len(values)]
+        np.divide(values, divisors(scales)[:, None], out=work)
         # The zero point is a whole number: added after rounding, so that ties fall as in round(w / scale).
         np.rint(work, out=work)
         if fmt.symmetric:
             np.add(work, np.float32(fmt.middle), out=work)
         else:
             np.add(work, zeros[:, None], out=work)
-        np.clip(work, np.float32(0), top, out=work)
+        np.clip(work, np.float32(fmt.lowest), np.float32(fmt.highest), out=work)
         np.copyto(integers, work, casting="unsafe")
-        return integers, stored, zeros
+        return integers
 
 
-def _round_scales(scales: NDArray[np.float32], dtype: ScaleDtype) -> NDArray[Any]:
+def divisors(scales: NDArray[Any]) -> NDArray[np.float32]:
+    """Stored scales as float32, with 1 in place of 0."""
+    scales = scales.astype(np.float32, copy=False)
+    return np.where(scales == 0, np.float32(1), scales)
+
+
+def round_scales(scales: NDArray[np.float32], dtype: ScaleDtype) -> NDArray[Any]:
     """Round to the stored dtype, away from zero; 0 stays 0, less than SMALLEST_SCALE becomes that."""
     magnitude = np.abs(scales)
     np.maximum(magnitude, np.float32(SMALLEST_SCALE[dtype]), out=magnitude, where=magnitude != 0)
@@ -290,10 +370,6 @@ def _pack_pairs(integers: NDArray[np.uint8], out: NDArray[np.uint8]) -> None:
     pairs = integers.reshape(-1).view("<u2")  # low byte: the earlier weight
     np.bitwise_or(pairs, pairs >> np.uint16(4), out=pairs)
     np.copyto(out.reshape(-1), pairs, casting="unsafe")  # keeps the low byte
-
-
-def _pack_zero_points(zero_points: NDArray[np.uint8], fmt: BlockFormat) -> NDArray[np.uint8]:
-    return pack_nibbles(zero_points) if fmt.bits == 4 else zero_points
 
 
 def _refuse(values: NDArray[np.float32], scale_dtype: ScaleDtype, first_row: int) -> None:

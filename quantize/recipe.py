@@ -24,6 +24,7 @@ from typing import Any, Literal, cast
 from autoglm_edge.errors import QuantError
 
 from .formats import BlockFormat
+from .rule import Refinement
 from .rule import Rule as Rule
 
 Activations = Literal["float32", "float16"]
@@ -35,10 +36,10 @@ FLOAT_BITS: dict[int, str] = {32: "float32", 16: "float16"}
 FLOAT_PRESETS = {"float32": "fp32", "float16": "fp16"}
 """Preset that keeps everything float, by its activations."""
 
-RULE_KEYS = ("pattern", "bits", "block_size", "symmetric", "keep", "layers")
-FILE_KEYS = ("name", "base", "activations", "accuracy_level", "rule")
-DEFAULT_BLOCK_SIZE = {4: 64, 8: 128}
-DEFAULT_SYMMETRIC = {4: False, 8: True}
+RULE_KEYS = ("pattern", "bits", "block_size", "symmetric", "keep", "layers", "refine")
+FILE_KEYS = ("name", "base", "activations", "accuracy_level", "balance", "rule")
+DEFAULT_BLOCK_SIZE = {2: 64, 3: 64, 4: 64, 8: 128}
+DEFAULT_SYMMETRIC = {2: False, 3: False, 4: False, 8: True}
 
 
 @dataclass(frozen=True)
@@ -51,12 +52,15 @@ class Recipe:
         accuracy_level: of MatMulNBits. 4: activations become 8-bit integers per block, the fast kernel of
             CPUs; 0: computed in the dtype of the activations; 1, 2, 3: in float32, float16, bfloat16.
         rules: the first that matches decides.
+        balance: whether channels that are large in activations and small in weights, or the other way round,
+            are evened out before anything is quantized. It does not change what the model computes.
     """
 
     name: str
     activations: Activations
     accuracy_level: int
     rules: tuple[Rule, ...]
+    balance: bool = False
 
     def __post_init__(self) -> None:
         if not self.name.strip():
@@ -67,6 +71,10 @@ class Recipe:
             )
         if isinstance(self.accuracy_level, bool) or self.accuracy_level not in range(5):
             raise QuantError(f"recipe {self.name}: accuracy_level is {self.accuracy_level!r}, must be 0 to 4")
+        if not isinstance(self.balance, bool):
+            raise QuantError(f"recipe {self.name}: balance is {self.balance!r}, must be true or false")
+        if self.balance and all(rule.format is None for rule in self.rules):
+            _refuse_for_floats(self, balance=True)
 
     def format_for(self, name: str) -> BlockFormat | None:
         """The format of a checkpoint tensor, or None if it stays float.
@@ -74,9 +82,27 @@ class Recipe:
         Raises:
             QuantError: a rule speaks of layers relative to a depth that is not known; see `for_layers`.
         """
+        rule = self.rule_for(name)
+        return None if rule is None else rule.format
+
+    def refinement_for(self, name: str) -> Refinement:
+        """How the integers of a checkpoint tensor are chosen; "none" if it stays float.
+
+        Raises:
+            QuantError: as `format_for`.
+        """
+        rule = self.rule_for(name)
+        return "none" if rule is None else rule.refine
+
+    def rule_for(self, name: str) -> Rule | None:
+        """The rule that decides about a checkpoint tensor; None if none does and it stays float.
+
+        Raises:
+            QuantError: a rule speaks of layers relative to a depth that is not known; see `for_layers`.
+        """
         if _always_float(name):
             return None
-        return next((rule.format for rule in self.rules if rule.matches(name)), None)
+        return next((rule for rule in self.rules if rule.matches(name)), None)
 
     def for_layers(self, *, decoder: int, vision: int) -> Recipe:
         """The same recipe with layer numbers in place of "first:1/8" and the like.
@@ -96,11 +122,12 @@ class Recipe:
         symmetric: bool | None = None,
         activations: Activations | None = None,
         accuracy_level: int | None = None,
+        refine: Refinement | None = None,
     ) -> Recipe:
         """A changed copy; None keeps what there is.
 
-        `block_size` and `symmetric` change the rules with the fewest bits only: the 4-bit ones of int4,
-        int4-mixed and int4-all, hence not the 8-bit head, embedding and vision; and all of int8.
+        `block_size`, `symmetric` and `refine` change the rules with the fewest bits only: the 4-bit ones of
+        int4, int4-mixed and int4-all, hence not the 8-bit head, embedding and vision; and all of int8.
 
         Raises:
             QuantError: a change that means nothing to a recipe that quantizes nothing, or contradicts it, or
@@ -110,10 +137,14 @@ class Recipe:
         formats = [rule.format for rule in rules if rule.format is not None]
         if formats:
             bits = min(form.bits for form in formats)
-            rules = tuple(_with_format(rule, bits, block_size, symmetric) for rule in rules)
+            rules = tuple(_changed(rule, bits, block_size, symmetric, refine) for rule in rules)
         else:
             _refuse_for_floats(
-                self, block_size=block_size, symmetric=symmetric, accuracy_level=accuracy_level
+                self,
+                block_size=block_size,
+                symmetric=symmetric,
+                accuracy_level=accuracy_level,
+                refine=refine,
             )
             if activations in FLOAT_PRESETS and activations != self.activations:
                 raise QuantError(
@@ -156,6 +187,7 @@ class Recipe:
             "name": self.name,
             "activations": self.activations,
             "accuracy_level": self.accuracy_level,
+            "balance": self.balance,
             "rules": [rule.to_json() for rule in self.rules],
         }
 
@@ -167,7 +199,8 @@ class Recipe:
             QuantError: a key too many or missing, or a value of a wrong type or out of range.
         """
         where = "recipe"
-        _exact_keys(document, ("name", "activations", "accuracy_level", "rules"), where)
+        document = {"balance": False, **document}  # bundles of version 0.1.0 do not speak of it
+        _exact_keys(document, ("name", "activations", "accuracy_level", "balance", "rules"), where)
         rules = _of_type(document, "rules", list, where)
         return cls(
             name=_of_type(document, "name", str, where),
@@ -176,6 +209,7 @@ class Recipe:
             rules=tuple(
                 _rule_from_json(rule, f"recipe rule {number}") for number, rule in enumerate(rules, 1)
             ),
+            balance=_of_type(document, "balance", bool, where),
         )
 
 
@@ -210,11 +244,13 @@ def read_recipe(path: str | Path) -> Recipe:
     rules = tuple(
         _rule_from_toml(table, activations, f"{where}: rule {n}") for n, table in enumerate(tables, 1)
     )
+    balance = base.balance if base else any(rule.format is not None for rule in rules)
     recipe = Recipe(
         name=_of_type(document, "name", str, where) if "name" in document else path.stem,
         activations=activations,
         accuracy_level=base.accuracy_level if base and "accuracy_level" not in document else level,
         rules=rules + (base.rules if base else ()),
+        balance=_of_type(document, "balance", bool, where) if "balance" in document else balance,
     )
     if "accuracy_level" in document and all(rule.format is None for rule in recipe.rules):
         _refuse_for_floats(recipe, accuracy_level=level)
@@ -253,12 +289,21 @@ def _preset(name: str, where: str) -> Recipe:
     return PRESETS[name]
 
 
-def _with_format(rule: Rule, bits: int, block_size: int | None, symmetric: bool | None) -> Rule:
+def _changed(
+    rule: Rule, bits: int, block_size: int | None, symmetric: bool | None, refine: Refinement | None
+) -> Rule:
     form = rule.format
     if form is None or form.bits != bits:
         return rule
-    size = form.block_size if block_size is None else block_size
-    return replace(rule, format=BlockFormat(bits, size, form.symmetric if symmetric is None else symmetric))
+    return replace(
+        rule,
+        format=BlockFormat(
+            bits,
+            form.block_size if block_size is None else block_size,
+            form.symmetric if symmetric is None else symmetric,
+        ),
+        refine=rule.refine if refine is None else refine,
+    )
 
 
 def _rule_from_toml(table: Any, activations: str, where: str) -> Rule:
@@ -272,7 +317,7 @@ def _rule_from_toml(table: Any, activations: str, where: str) -> Rule:
         raise QuantError(f"{where} must have either bits or keep = true")
     bits = 0 if keep else _of_type(table, "bits", int, where)
     if keep or bits in FLOAT_BITS:
-        if useless := sorted({"block_size", "symmetric"} & set(table)):
+        if useless := sorted({"block_size", "refine", "symmetric"} & set(table)):
             raise QuantError(f"{where} keeps {pattern} float, so {useless[0]} means nothing; remove it")
         if bits in FLOAT_BITS and FLOAT_BITS[bits] != activations:
             raise QuantError(
@@ -281,11 +326,12 @@ def _rule_from_toml(table: Any, activations: str, where: str) -> Rule:
             )
         return Rule(pattern, None, layers)
     if bits not in DEFAULT_BLOCK_SIZE:
-        raise QuantError(f"{where} has bits = {bits}, must be 4, 8, 16 or 32")
+        raise QuantError(f"{where} has bits = {bits}, must be 2, 3, 4, 8, 16 or 32")
     size = _of_type(table, "block_size", int, where) if "block_size" in table else DEFAULT_BLOCK_SIZE[bits]
     symmetric = _of_type(table, "symmetric", bool, where) if "symmetric" in table else DEFAULT_SYMMETRIC[bits]
+    refine = cast(Refinement, _of_type(table, "refine", str, where)) if "refine" in table else "none"
     try:
-        return Rule(pattern, BlockFormat(bits, size, symmetric), layers)
+        return Rule(pattern, BlockFormat(bits, size, symmetric), layers, refine)
     except QuantError as error:
         raise QuantError(f"{where}: {error}") from error
 
@@ -293,11 +339,14 @@ def _rule_from_toml(table: Any, activations: str, where: str) -> Rule:
 def _rule_from_json(rule: Any, where: str) -> Rule:
     if not isinstance(rule, dict):
         raise QuantError(f"{where} is {rule!r}, must be an object")
-    _exact_keys(rule, ("pattern", "format", "layers"), where)
+    # Bundles of version 0.1.0 say nothing of refinement: they have none.
+    rule = {"refine": "none", **rule}
+    _exact_keys(rule, ("pattern", "format", "layers", "refine"), where)
     layers = None if rule["layers"] is None else _of_type(rule, "layers", str, where)
+    refine = cast(Refinement, _of_type(rule, "refine", str, where))
     form = rule["format"]
     if form is None:
-        return Rule(_of_type(rule, "pattern", str, where), None, layers)
+        return Rule(_of_type(rule, "pattern", str, where), None, layers, refine)
     if not isinstance(form, dict):
         raise QuantError(f"{where}: format is {form!r}, must be an object or null")
     _exact_keys(form, ("bits", "block_size", "symmetric"), f"{where}: format")
@@ -306,7 +355,7 @@ def _rule_from_json(rule: Any, where: str) -> Rule:
         _of_type(form, "block_size", int, where),
         _of_type(form, "symmetric", bool, where),
     )
-    return Rule(_of_type(rule, "pattern", str, where), block, layers)
+    return Rule(_of_type(rule, "pattern", str, where), block, layers, refine)
 
 
 def _exact_keys(document: Mapping[str, Any], keys: tuple[str, ...], where: str) -> None:
@@ -329,6 +378,8 @@ def _of_type(document: Mapping[str, Any], key: str, kind: type, where: str) -> A
     return value
 
 
+INT2 = BlockFormat(bits=2, block_size=DEFAULT_BLOCK_SIZE[2], symmetric=DEFAULT_SYMMETRIC[2])
+INT3 = BlockFormat(bits=3, block_size=DEFAULT_BLOCK_SIZE[3], symmetric=DEFAULT_SYMMETRIC[3])
 INT4 = BlockFormat(bits=4, block_size=DEFAULT_BLOCK_SIZE[4], symmetric=DEFAULT_SYMMETRIC[4])
 INT8 = BlockFormat(bits=8, block_size=DEFAULT_BLOCK_SIZE[8], symmetric=DEFAULT_SYMMETRIC[8])
 
@@ -356,11 +407,15 @@ PRESETS: Mapping[str, Recipe] = MappingProxyType(
         for recipe in (
             Recipe("fp32", "float32", 0, ()),
             Recipe("fp16", "float16", 0, ()),
-            Recipe("int8", "float32", 4, _everything(INT8, INT8)),
-            Recipe("int4", "float32", 4, _everything(INT4, INT8)),
-            Recipe("int4-mixed", "float32", 4, _SENSITIVE + _everything(INT4, INT8)),
-            Recipe("int4-all", "float32", 4, _everything(INT4, INT4)),
+            Recipe("int8", "float32", 4, _everything(INT8, INT8), balance=True),
+            Recipe("int4", "float32", 4, _everything(INT4, INT8), balance=True),
+            Recipe("int4-mixed", "float32", 4, _SENSITIVE + _everything(INT4, INT8), balance=True),
+            Recipe("int4-all", "float32", 4, _everything(INT4, INT4), balance=True),
+            Recipe("int3", "float32", 4, _everything(INT3, INT8), balance=True),
+            Recipe("int2", "float32", 4, _everything(INT2, INT8), balance=True),
         )
     }
 )
-"""The recipes that have a name. Figures about them are in docs/quantization.md."""
+"""The recipes that have a name. Figures about them are in docs/quantization.md.
+
+int3 and int2 are controls, to see a parity measurement fail: as large as int4, and worse."""

@@ -11,11 +11,17 @@ import re
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from fractions import Fraction
-from typing import Any
+from typing import Any, Literal, get_args
 
 from autoglm_edge.errors import QuantError
 
 from .formats import BlockFormat
+
+Refinement = Literal["none", "search", "gptq"]
+"""How integers are chosen. none: each weight goes to the nearest; search: with the scale and zero
+point of least squared error; gptq: for the least error of what the layer computes, on calibration data."""
+
+REFINEMENTS: tuple[Refinement, ...] = get_args(Refinement)
 
 _RELATIVE = re.compile(r"(first|last|outer):(?:(\d{1,6})|(\d{1,6})/(\d{1,6}))")
 _ABSOLUTE = re.compile(r"\d{1,6}(?:-\d{1,6})?(?:,\d{1,6}(?:-\d{1,6})?)*")
@@ -32,15 +38,27 @@ class Rule:
         format: how they are stored; None keeps them float.
         layers: None for all; "first:N", "last:N" or "outer:N" (first and last), where N is a number of layers
             or a fraction of them, such as 1/8, rounded up; or layer numbers from 0, such as "0-4,35-39".
+        refine: how the integers are chosen; "none" for floats.
     """
 
     pattern: str
     format: BlockFormat | None
     layers: str | None = None
+    refine: Refinement = "none"
 
     def __post_init__(self) -> None:
         if not self.pattern:
             raise QuantError('a rule has an empty pattern; "*" matches every tensor')
+        if self.refine not in REFINEMENTS:
+            raise QuantError(
+                f"the rule for {self.pattern} has refine = {self.refine!r}, must be one of "
+                f"{', '.join(REFINEMENTS)}"
+            )
+        if self.format is None and self.refine != "none":
+            raise QuantError(
+                f'the rule for {self.pattern} keeps it float, so refine = "{self.refine}" means nothing; '
+                "remove it"
+            )
         if self.layers is None:
             return
         relative = _RELATIVE.fullmatch(self.layers)
@@ -119,7 +137,7 @@ class Rule:
             if form is None
             else {"bits": form.bits, "block_size": form.block_size, "symmetric": form.symmetric}
         )
-        return {"pattern": self.pattern, "format": stored, "layers": self.layers}
+        return {"pattern": self.pattern, "format": stored, "layers": self.layers, "refine": self.refine}
 
 
 def _layer_of(name: str) -> int | None:

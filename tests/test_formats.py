@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,10 @@ from autoglm_edge.quantize.formats import (
     unpack_nibbles,
 )
 
-ALL_FORMATS = [BlockFormat(b, size, sym) for b in (4, 8) for size in (32, 64, 128) for sym in (True, False)]
+ALL_FORMATS = [
+    BlockFormat(b, size, sym) for b in (2, 3, 4, 8) for size in (32, 64, 128) for sym in (True, False)
+]
+BITS = st.sampled_from([2, 3, 4, 8])
 
 
 def _weights(rows: int, columns: int, seed: int = 0) -> np.ndarray:
@@ -63,7 +67,7 @@ def _matmul_nbits(x: np.ndarray, q: Quantized, fmt: BlockFormat, columns: int, l
         domain="com.microsoft",
         K=columns,
         N=len(q.data),
-        bits=fmt.bits,
+        bits=fmt.field_bits,
         block_size=fmt.block_size,
         accuracy_level=level,
     )
@@ -99,7 +103,7 @@ def test_gatherblockquantized_returns_exactly_the_dequantized_rows(fmt, columns)
         names,
         ["y"],
         domain="com.microsoft",
-        bits=fmt.bits,
+        bits=fmt.field_bits,
         block_size=fmt.block_size,
         gather_axis=0,
         quantize_axis=1,
@@ -128,7 +132,9 @@ def _reference(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Integers (N, padded K), scales and zero points, block by block in the words of the module."""
     rows, columns = weights.shape
-    top, middle = 2**fmt.bits - 1, 2 ** (fmt.bits - 1)
+    top, half = 2**fmt.bits - 1, 2 ** (fmt.bits - 1)
+    middle = 128 if fmt.bits == 8 else 8
+    lowest = middle - half if fmt.symmetric else 0
     padded = np.zeros((rows, fmt.blocks(columns) * fmt.block_size), np.float32)
     padded[:, :columns] = weights
     blocks = padded.reshape(-1, fmt.block_size)
@@ -137,7 +143,7 @@ def _reference(
     for index, block in enumerate(blocks):
         if fmt.symmetric:
             extreme = max(block, key=abs)
-            scale = extreme / np.float32(-middle)
+            scale = extreme / np.float32(-half)
         else:
             scale = (max(block.max(), np.float32(0)) - min(block.min(), np.float32(0))) / np.float32(top)
         stored = np.dtype(scale_dtype).type(scale)
@@ -146,7 +152,7 @@ def _reference(
         scale = np.float32(stored)
         divisor = scale if scale else np.float32(1)
         zero = middle if fmt.symmetric else min(round(float(min(block.min(), np.float32(0)) / -divisor)), top)
-        integers[index] = np.clip(np.rint(block / divisor) + np.float32(zero), 0, top)
+        integers[index] = np.clip(np.rint(block / divisor) + np.float32(zero), lowest, lowest + top)
         scales[index], zeros[index] = stored, zero
     return integers.reshape(rows, -1), scales.reshape(rows, -1), zeros.reshape(rows, -1)
 
@@ -160,11 +166,12 @@ def test_quantize_rows_equals_a_loop_over_blocks(fmt, scale_dtype):
 
     integers, scales, zeros = _reference(weights, fmt, scale_dtype)
     packed = quantized.data.reshape(37, -1)
-    np.testing.assert_array_equal(unpack_nibbles(packed) if fmt.bits == 4 else packed, integers)
+    np.testing.assert_array_equal(unpack_nibbles(packed) if fmt.field_bits == 4 else packed, integers)
     assert quantized.scales.dtype == scale_dtype
     np.testing.assert_array_equal(quantized.scales, scales)
     if quantized.zero_points is not None:
-        np.testing.assert_array_equal(quantized.zero_points, pack_nibbles(zeros) if fmt.bits == 4 else zeros)
+        stored = pack_nibbles(zeros) if fmt.field_bits == 4 else zeros
+        np.testing.assert_array_equal(quantized.zero_points, stored)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 7, 8, 9, 100])
@@ -221,7 +228,7 @@ SLACK = 1e-4  # steps: 255 steps in float32 are exact to 1.5e-5
 
 
 @settings(max_examples=120, deadline=None)
-@given(data=st.data(), scale_dtype=st.sampled_from(["float32", "float16"]), bits=st.sampled_from([4, 8]))
+@given(data=st.data(), scale_dtype=st.sampled_from(["float32", "float16"]), bits=BITS)
 def test_asymmetric_weights_come_back_within_half_a_step(data, scale_dtype, bits):
     weights = data.draw(_matrices(formats.LARGEST_WEIGHT[scale_dtype]))
 
@@ -231,14 +238,14 @@ def test_asymmetric_weights_come_back_within_half_a_step(data, scale_dtype, bits
 
 
 @settings(max_examples=120, deadline=None)
-@given(data=st.data(), scale_dtype=st.sampled_from(["float32", "float16"]), bits=st.sampled_from([4, 8]))
+@given(data=st.data(), scale_dtype=st.sampled_from(["float32", "float16"]), bits=BITS)
 def test_symmetric_weights_come_back_within_half_a_step_or_one_at_the_short_end(data, scale_dtype, bits):
     fmt = BlockFormat(bits, 32, True)
     weights = data.draw(_matrices(formats.LARGEST_WEIGHT[scale_dtype]))
 
     errors, places = _errors_in_steps(weights, fmt, scale_dtype)
 
-    short_end = places > fmt.middle - 1
+    short_end = places > 2 ** (bits - 1) - 1
     assert errors[~short_end].max(initial=0) <= 0.5 + SLACK
     assert errors[short_end].max(initial=0) <= 1 + SLACK
 
@@ -323,7 +330,7 @@ def test_an_empty_matrix_gives_empty_arrays_of_the_right_shape():
     assert quantized.data.shape == (0, 3, 16) and quantized.zero_points.shape == (0, 2)
 
 
-@pytest.mark.parametrize("bits, size", [(3, 32), (0, 64), (16, 32), (4, 16), (8, 256), (4, 0)])
+@pytest.mark.parametrize("bits, size", [(1, 32), (5, 32), (0, 64), (16, 32), (4, 16), (8, 256), (4, 0)])
 def test_formats_that_no_kernel_reads_are_refused(bits, size):
     with pytest.raises(QuantError, match="must be"):
         BlockFormat(bits, size, True)
@@ -336,6 +343,44 @@ def test_size_bytes_is_the_size_of_what_quantize_rows_returns(fmt, columns):
 
     arrays = [quantized.data, quantized.scales, quantized.zero_points]
     assert fmt.size_bytes(3, columns) == sum(array.nbytes for array in arrays if array is not None)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [2, 3])
+def test_two_and_three_bits_take_up_as_much_as_four(bits, symmetric):
+    fmt = BlockFormat(bits, 64, symmetric)
+
+    assert fmt.field_bits == 4
+    assert fmt.size_bytes(7, 200) == BlockFormat(4, 64, symmetric).size_bytes(7, 200)
+
+
+@settings(max_examples=100, deadline=None)
+@given(data=st.data(), bits=BITS, symmetric=st.booleans())
+def test_stored_integers_are_no_more_than_the_bits_allow(data, bits, symmetric):
+    fmt = BlockFormat(bits, 32, symmetric)
+    weights = data.draw(_matrices(formats.LARGEST_WEIGHT["float32"]))
+
+    quantized = quantize_rows(weights, fmt)
+
+    packed = quantized.data.reshape(len(weights), -1)
+    integers = unpack_nibbles(packed) if fmt.field_bits == 4 else packed
+    middle = {4: 8, 8: 128}[fmt.field_bits]
+    lowest = middle - 2 ** (bits - 1) if symmetric else 0
+    assert integers.min() >= lowest and integers.max() < lowest + 2**bits
+    if quantized.zero_points is not None:
+        zeros = unpack_nibbles(quantized.zero_points) if fmt.field_bits == 4 else quantized.zero_points
+        assert zeros.max() < 2**bits
+
+
+def test_fewer_bits_lose_more():
+    weights = _weights(64, 512)
+
+    errors = []
+    for bits in (8, 4, 3, 2):
+        fmt = BlockFormat(bits, 64, False)
+        errors.append(np.linalg.norm(dequantize_rows(quantize_rows(weights, fmt), fmt, 512) - weights))
+
+    assert all(more > 1.7 * less for less, more in itertools.pairwise(errors))
 
 
 def test_dequantize_refuses_arrays_of_another_format():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -17,6 +18,7 @@ from autoglm_edge.quantize import PRESETS, BlockFormat, Recipe, Rule, read_recip
 
 ROOT = Path(__file__).resolve().parent.parent
 INT4, INT8 = BlockFormat(4, 64, False), BlockFormat(8, 128, True)
+INTEGERS = ["int8", "int4", "int4-mixed", "int4-all", "int3", "int2"]
 
 
 def _script(name: str) -> ModuleType:
@@ -59,8 +61,11 @@ def test_the_shapes_that_sizes_are_computed_from_are_the_whole_9b():
     assert sum(math.prod(shape) for shape in SHAPES.values()) == 10_292_777_472
 
 
-def test_the_presets_are_the_six_of_the_documentation():
-    assert list(PRESETS) == ["fp32", "fp16", "int8", "int4", "int4-mixed", "int4-all"]
+def test_the_presets_are_those_of_the_documentation():
+    assert list(PRESETS) == ["fp32", "fp16", *INTEGERS]
+    text = (ROOT / "docs" / "quantization.md").read_text(encoding="utf-8")
+    table = text.partition("## Presets")[2].partition("## ")[0]
+    assert [row.split("`")[1] for row in table.splitlines() if row.startswith("| `")] == list(PRESETS)
     assert all(recipe.name == name for name, recipe in PRESETS.items())
 
 
@@ -77,7 +82,7 @@ def test_float_presets_quantize_nothing(name, dtype):
     assert PRESETS[name].activations == dtype
 
 
-@pytest.mark.parametrize("name", ["int8", "int4", "int4-mixed", "int4-all"])
+@pytest.mark.parametrize("name", INTEGERS)
 def test_integer_presets_quantize_every_other_matrix_and_use_the_fast_kernel(name):
     assert _by_format(PRESETS[name])[None] == set(SHAPES) - set(MATRICES) | FLOAT_MATRICES
     assert PRESETS[name].accuracy_level == 4
@@ -107,6 +112,14 @@ def test_int4_mixed_differs_from_int4_in_the_sensitive_layers_only():
         for layer in outer
         for module in ("self_attn.v_proj", "mlp.down_proj")
     }
+
+
+@pytest.mark.parametrize("name, bits", [("int3", 3), ("int2", 2)])
+def test_the_controls_differ_from_int4_in_the_bits_of_the_decoder_only_and_are_as_large(name, bits):
+    control, plain = _by_format(PRESETS[name]), _by_format(PRESETS["int4"])
+
+    assert control == {BlockFormat(bits, 64, False): plain[INT4], INT8: plain[INT8], None: plain[None]}
+    assert SIZES.sizes(PRESETS[name]) == SIZES.sizes(PRESETS["int4"])
 
 
 def test_int4_fits_the_budget_of_memory_and_disk():
@@ -277,9 +290,52 @@ def test_a_block_size_changes_all_rules_of_int8():
     assert set(_by_format(PRESETS["int8"].with_(block_size=32))) == {None, BlockFormat(8, 32, True)}
 
 
+def _refinements(recipe: Recipe) -> dict[BlockFormat | None, set[str]]:
+    """Refinements by the format they belong to."""
+    recipe = recipe.for_layers(decoder=40, vision=24)
+    groups: dict[BlockFormat | None, set[str]] = {}
+    for name in SHAPES:
+        groups.setdefault(recipe.format_for(name), set()).add(recipe.refinement_for(name))
+    return groups
+
+
+@pytest.mark.parametrize("refine", ["none", "search", "gptq"])
+@pytest.mark.parametrize("name", ["int4", "int4-mixed", "int4-all", "int3", "int2"])
+def test_a_refinement_changes_the_rules_of_fewest_bits_only(name, refine):
+    before, after = _refinements(PRESETS[name]), _refinements(PRESETS[name].with_(refine=refine))
+
+    fewest = min((form for form in before if form is not None), key=lambda form: form.bits)
+    assert after == before | {fewest: {refine}}
+    assert PRESETS[name].with_(refine=refine).with_() == PRESETS[name].with_(refine=refine)
+
+
+def test_floats_have_no_refinement():
+    assert _refinements(PRESETS["int4"].with_(refine="gptq"))[None] == {"none"}
+    assert PRESETS["fp16"].refinement_for("lm_head.weight") == "none"
+
+
+def test_a_refinement_of_floats_is_refused():
+    with pytest.raises(QuantError, match='keeps it float, so refine = "gptq" means nothing'):
+        Rule("*", None, None, "gptq")
+
+
+def test_an_unknown_refinement_is_refused():
+    with pytest.raises(QuantError, match="refine = 'best', must be one of none, search, gptq"):
+        Rule("*", INT4, None, "best")
+    with pytest.raises(QuantError, match="must be one of none, search, gptq"):
+        PRESETS["int4"].with_(refine="best")
+
+
 @pytest.mark.parametrize("name", ["fp32", "fp16"])
 @pytest.mark.parametrize(
-    "change", [{"block_size": 32}, {"symmetric": True}, {"symmetric": False}, {"accuracy_level": 4}]
+    "change",
+    [
+        {"block_size": 32},
+        {"symmetric": True},
+        {"symmetric": False},
+        {"accuracy_level": 4},
+        {"refine": "none"},
+    ],
 )
 def test_a_block_size_for_a_recipe_without_blocks_is_refused(name, change):
     with pytest.raises(QuantError, match="means nothing"):
@@ -333,11 +389,66 @@ def test_a_recipe_survives_json(name):
         ({"rules": [{"pattern": "*", "format": None}]}, "lacks the key 'layers'"),
         ({"rules": [{"pattern": "*", "format": 4, "layers": None}]}, "format is 4"),
         ({"rules": [{"pattern": "*", "format": {"bits": 4}, "layers": None}]}, "lacks the key 'block_size'"),
+        ({"rules": [{"pattern": "*", "format": None, "layers": None, "refine": 1}]}, "refine is 1"),
+        ({"rules": [{"pattern": "*", "format": None, "layers": None, "refine": "x"}]}, "must be one of none"),
     ],
 )
 def test_a_recipe_that_json_spoilt_is_refused(change, said):
     with pytest.raises(QuantError, match=said):
         Recipe.from_json(PRESETS["int4"].to_json() | change)
+
+
+def test_a_refinement_survives_json_and_its_absence_means_none():
+    recipe = PRESETS["int4"].with_(refine="search")
+    document = recipe.to_json()
+
+    assert [rule["refine"] for rule in document["rules"]] == [rule.refine for rule in recipe.rules]
+    assert Recipe.from_json(document) == recipe
+    for rule in document["rules"]:
+        del rule["refine"]
+    assert {rule.refine for rule in Recipe.from_json(document).rules} == {"none"}
+
+
+def test_integer_presets_balance_channels_and_changes_keep_it():
+    assert [name for name, recipe in PRESETS.items() if recipe.balance] == INTEGERS
+    off = replace(PRESETS["int4"], balance=False)
+    assert PRESETS["int4"].with_(block_size=32).balance and not off.with_(block_size=32).balance
+
+
+def test_a_recipe_of_a_bundle_that_does_not_speak_of_balance_has_none():
+    document = PRESETS["int4"].to_json()
+    assert document.pop("balance") is True
+
+    assert Recipe.from_json(document) == replace(PRESETS["int4"], balance=False)
+
+
+@pytest.mark.parametrize(
+    "text, balance",
+    [
+        ('base = "int4"', True),
+        ('base = "int4"\nbalance = false', False),
+        ('base = "int4"\nbalance = true', True),
+        ('[[rule]]\npattern = "*"\nbits = 4', True),
+        ('balance = false\n[[rule]]\npattern = "*"\nbits = 4', False),
+        ('[[rule]]\npattern = "*"\nkeep = true', False),
+        ('balance = false\n[[rule]]\npattern = "*"\nkeep = true', False),
+    ],
+)
+def test_a_file_balances_unless_it_says_no_or_quantizes_nothing(text, balance, tmp_path):
+    assert read_recipe(_write(tmp_path, text)).balance is balance
+
+
+@pytest.mark.parametrize("text", ['base = "fp16"', '[[rule]]\npattern = "*"\nkeep = true'])
+def test_balance_without_anything_to_quantize_is_refused(text, tmp_path):
+    with pytest.raises(QuantError, match="keeps every tensor float, so balance means nothing"):
+        read_recipe(_write(tmp_path, f"balance = true\n{text}"))
+    with pytest.raises(QuantError, match="so balance means nothing"):
+        replace(PRESETS["fp32"], balance=True)
+
+
+def test_balance_must_be_true_or_false(tmp_path):
+    with pytest.raises(QuantError, match="balance is 1, must be of type bool"):
+        read_recipe(_write(tmp_path, 'base = "int4"\nbalance = 1'))
 
 
 def test_a_recipe_that_lacks_a_key_is_refused():
@@ -381,8 +492,14 @@ def test_a_file_says_everything_itself(tmp_path):
         bits = 16
 
         [[rule]]
+        pattern = "model.language_model.layers.*.mlp.*"
+        bits = 3
+        refine = "search"
+
+        [[rule]]
         pattern = "*"
         bits = 4
+        refine = "gptq"
         """,
     )
 
@@ -393,8 +510,10 @@ def test_a_file_says_everything_itself(tmp_path):
         (
             Rule("model.visual.*", BlockFormat(8, 32, False), "outer:2"),
             Rule("lm_head.weight", None),
-            Rule("*", INT4),
+            Rule("model.language_model.layers.*.mlp.*", BlockFormat(3, 64, False), None, "search"),
+            Rule("*", INT4, None, "gptq"),
         ),
+        balance=True,
     )
 
 
@@ -422,13 +541,13 @@ RULE = '[[rule]]\npattern = "*"\n'
         ("a = [", "is not TOML"),
         ("a = " + "[" * 100_000, "is not TOML"),
         ('colour = "red"', "unknown key 'colour'; known keys are name, base"),
-        ('base = "int3"', "must be one of fp32, fp16, int8"),
+        ('base = "int5"', "must be one of fp32, fp16, int8"),
         ("base = 4", "base is 4, must be of type str"),
         (RULE, "rule 1 must have either bits or keep"),
         (RULE + "bits = 4\nkeep = true", "rule 1 must have either bits or keep"),
         (RULE + "keep = false", "rule 1 must have either bits or keep"),
         (RULE + "bit = 4", "rule 1 has the unknown key 'bit'; known keys are pattern, bits"),
-        (RULE + "bits = 3", "bits = 3, must be 4, 8, 16 or 32"),
+        (RULE + "bits = 5", "bits = 5, must be 2, 3, 4, 8, 16 or 32"),
         (RULE + "bits = true", "bits is True, must be of type int"),
         (RULE + 'bits = "4"', "bits is '4', must be of type int"),
         (RULE + "bits = 4.0", "bits is 4.0, must be of type int"),
@@ -438,6 +557,9 @@ RULE = '[[rule]]\npattern = "*"\n'
         (RULE + "bits = 16", "activations, which are float32"),
         (RULE + "bits = 32\nblock_size = 64", "block_size means nothing"),
         (RULE + "keep = true\nsymmetric = true", "symmetric means nothing"),
+        (RULE + 'keep = true\nrefine = "gptq"', "refine means nothing"),
+        (RULE + 'bits = 4\nrefine = "best"', "rule 1: .*refine = 'best', must be one of none, search, gptq"),
+        (RULE + "bits = 4\nrefine = true", "refine is True, must be of type str"),
         (RULE + 'bits = 4\n[[rule]]\npattern = ""\nkeep = true', "empty pattern"),
         ("[[rule]]\nbits = 4", "rule 1 lacks the key 'pattern'"),
         ("rule = 4", "rule is 4, must be of type list"),
