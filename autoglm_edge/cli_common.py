@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import io
 import json
+import math
 import os
 import sys
 import time
@@ -195,6 +196,7 @@ class ProgressLine:
         self._now = clock
         self._stage = ""
         self._started = self._drawn = 0.0
+        self._noted = -math.inf
         self._tenth = 0
         self._open_line = False
 
@@ -202,6 +204,16 @@ class ProgressLine:
         """A line of its own."""
         self.close()
         click.echo(text, err=True)
+
+    def note(self, text: str) -> None:
+        """What is done while no bytes grow: in the place of the bar, or else a line a second at most."""
+        now = self._now()
+        if self._terminal:
+            click.echo(f"\r\x1b[K{text}", err=True, nl=False)
+            self._open_line = True
+        elif now - self._noted >= self._LINE_SECONDS:
+            self._noted = now
+            click.echo(text, err=True)
 
     def show(self, stage: str, done_bytes: int, total_bytes: int) -> None:
         """The state of a stage; call it as often as you like."""

@@ -6,9 +6,11 @@ of how an export works.
 
 from __future__ import annotations
 
+import math
 import re
 import shlex
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -25,10 +27,14 @@ from autoglm_edge.cli_common import (
 
 if TYPE_CHECKING:
     from autoglm_edge.export.progress import ProgressEvent
+    from autoglm_edge.quantize.recipe import Recipe
+    from autoglm_edge.quantize.rule import Refinement
 
 POCKET = "pocket"
+AUTO = "auto"
 _EXPORT_PACKAGES = ("onnx", "onnx_ir", "onnxscript", "safetensors", "ml_dtypes", "huggingface_hub")
 _BYTES_STAGES = {"weights": "Weights", "hash": "Checking"}
+_NOTED_STAGES = ("calibration", "measure")
 
 
 @click.command(
@@ -52,16 +58,45 @@ _BYTES_STAGES = {"weights": "Weights", "hash": "Checking"}
 @click.option(
     "--recipe",
     metavar="NAME_OR_FILE",
-    help="Take a named recipe, such as int4-mixed, or a TOML file instead.",
+    help="Take a named recipe, such as int4-mixed, or a TOML file instead; or make one by measurement: auto.",
 )
 @click.option("--block-size", type=click.Choice(["32", "64", "128"]), help="Weights that share a scale.")
 @click.option("--symmetric/--asymmetric", default=None, help="Store no zero points, or one per block.")
+@click.option(
+    "--refine",
+    type=click.Choice(["none", "search", "gptq"]),
+    help="Choose integers one by one, with better scales, or for least error on prompts.",
+)
+@click.option(
+    "--calibration",
+    metavar="FILE",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Prompts for gptq, JSON Lines. [default: a set of its own]",
+)
 @click.option("--activations", type=click.Choice(["float32", "float16"]), help="Number type between layers.")
 @click.option(
     "--accuracy-level", type=click.Choice(["0", "4"]), help="4 multiplies in 8-bit integers, 0 in floats."
 )
 @click.option(
     "--max-image-tokens", type=click.IntRange(min=1), metavar="N", help="Shrink larger images to N tokens."
+)
+@click.option(
+    "--budget-gb",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="GB",
+    help="For --recipe auto: most size of the bundle, in 10^9 bytes.",
+)
+@click.option(
+    "--reference",
+    metavar="FILE",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="For --recipe auto: what `autoglm record` wrote, to measure with.",
+)
+@click.option(
+    "--workspace",
+    metavar="DIR",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="For --recipe auto: keeps measurements. [default: OUTPUT.auto]",
 )
 @click.option("--revision", help="Branch, tag or commit of a hub checkpoint.")
 @click.option("--estimate", is_flag=True, help="Say what would be written and needed, and write nothing.")
@@ -78,9 +113,14 @@ def export(
     recipe: str | None,
     block_size: str | None,
     symmetric: bool | None,
+    refine: Refinement | None,
+    calibration: Path | None,
     activations: Literal["float32", "float16"] | None,
     accuracy_level: str | None,
     max_image_tokens: int | None,
+    budget_gb: float | None,
+    reference: Path | None,
+    workspace: Path | None,
     revision: str | None,
     estimate: bool,
     resume: bool,
@@ -92,27 +132,37 @@ def export(
     MODEL is a checkpoint folder or a Hugging Face name; without it, the small embedded model `pocket` is
     taken. The bundle appears in one step when it is complete, and an export that was interrupted goes on
     where it stopped when the same command is run again.
+
+    With `--recipe auto` the bits of each group of tensors are chosen by measuring what it costs to have
+    fewer, for the least loss within a size.
     """
     chosen = [name for name, on in (("int4", int4), ("int8", int8), ("fp16", fp16), ("fp32", fp32)) if on]
     if len(chosen) > 1:
         raise click.UsageError(f"choose one of {', '.join('--' + name for name in chosen)}")
     if chosen and recipe is not None:
         raise click.UsageError(f"choose --{chosen[0]} or --recipe, not both")
+    _check_auto(recipe, {"--budget-gb": budget_gb, "--reference": reference}, workspace, estimate)
+    if recipe == AUTO and calibration is not None and refine != "gptq":
+        raise click.UsageError(f"--calibration means something to --recipe {AUTO} with --refine gptq only")
     precision = chosen[0] if chosen else "int4"
     if model is None:
         click.echo(f"No MODEL given: taking {POCKET}, the small model that comes with this package", err=True)
     if output is not None and not output.strip():
         raise click.UsageError("the output is empty; name a folder that does not exist yet")
     place = Path(output or default_output(model, recipe or precision))
-    options: dict[str, Any] = {
-        "precision": precision,
+    changes: dict[str, Any] = {
         "block_size": int(block_size) if block_size else None,
         "symmetric": symmetric,
-        "recipe": recipe,
-        "max_image_tokens": max_image_tokens,
-        "revision": revision,
         "activations": activations,
         "accuracy_level": int(accuracy_level) if accuracy_level else None,
+        "refine": refine,
+    }
+    options: dict[str, Any] = {
+        "precision": precision,
+        "recipe": recipe,
+        "calibration": calibration,
+        "max_image_tokens": max_image_tokens,
+        "revision": revision,
         "resume": resume,
         "force": force,
     }
@@ -120,14 +170,21 @@ def export(
         from autoglm_edge.export import pipeline
     progress = ProgressLine()
     if estimate:
-        report = pipeline.estimate(model, place, **options)
+        report = pipeline.estimate(model, place, **options, **changes)
         click.echo(report.to_table())
         if as_json:
             click.echo(report.to_json())
         return
     started = time.monotonic()
     try:
-        bundle = pipeline.export(model, place, progress=lambda event: _show(progress, event), **options)
+        if budget_gb is not None and reference is not None:
+            options["recipe"] = _auto_recipe(
+                model, reference, budget_gb, workspace or Path(f"{place}.auto"), options, changes, progress
+            )
+            changes = {}
+        bundle = pipeline.export(
+            model, place, progress=lambda event: _show(progress, event), **options, **changes
+        )
     except KeyboardInterrupt:
         progress.say("Stopped; run the same command again to go on from here")
         raise
@@ -162,8 +219,62 @@ def default_output(model: str | None, recipe: str) -> str:
     return "-".join(re.sub(r"[^\w.-]+", "-", part).strip("-") or "model" for part in (name, kind))
 
 
+def _check_auto(
+    recipe: str | None, needed: Mapping[str, object], workspace: Path | None, estimate: bool
+) -> None:
+    """Refuse what `--recipe auto` lacks, and what means nothing without it."""
+    if recipe != AUTO:
+        given = [name for name, value in {**needed, "--workspace": workspace}.items() if value is not None]
+        if given:
+            raise click.UsageError(f"{given[0]} means something with --recipe {AUTO} only")
+        return
+    budget = needed["--budget-gb"]
+    if isinstance(budget, float) and not math.isfinite(budget):
+        raise click.UsageError(f"--budget-gb is {budget}, must be a finite number")
+    if missing := [name for name, value in needed.items() if value is None]:
+        raise click.UsageError(f"--recipe {AUTO} needs {missing[0]}")
+    if estimate:
+        raise click.UsageError(f"--recipe {AUTO} is made by measuring, so it cannot be estimated")
+
+
+def _auto_recipe(
+    model: str | None,
+    reference: Path,
+    budget_gb: float,
+    workspace: Path,
+    options: Mapping[str, Any],
+    changes: Mapping[str, Any],
+    progress: ProgressLine,
+) -> Recipe:
+    """Measure and choose. Changes of formats are made to the lowest level, other changes to all."""
+    from autoglm_edge.autorecipe.search import DEFAULT_LEVELS, AutoOptions, auto_recipe
+    from autoglm_edge.quantize.recipe import resolve
+
+    everywhere = {key: changes[key] for key in ("activations", "accuracy_level")}
+    *high, low = DEFAULT_LEVELS
+    levels = (*(resolve(level).with_(**everywhere) for level in high), resolve(low).with_(**changes))
+    chosen = AutoOptions(
+        max_image_tokens=options["max_image_tokens"],
+        revision=options["revision"],
+        levels=levels,
+        calibration=options["calibration"],
+    )
+    recipe = auto_recipe(
+        model,
+        reference,
+        round(budget_gb * 1e9),
+        workspace=workspace,
+        progress=lambda event: _show(progress, event),
+        options=chosen,
+    )
+    progress.say(f"Chose {recipe.name}; levels and measurements are in {workspace}, for another budget")
+    return recipe
+
+
 def _show(progress: ProgressLine, event: ProgressEvent) -> None:
     if event.stage in _BYTES_STAGES:
         progress.show(_BYTES_STAGES[event.stage], event.done_bytes, event.total_bytes)
+    elif event.stage in _NOTED_STAGES:
+        progress.note(event.detail)
     elif event.stage == "resume":
         progress.say(event.detail)

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from autoglm_edge.quantize.recipe import Recipe
-from autoglm_edge.runtime.manifest import ImageSpec, Part
+from autoglm_edge.runtime.manifest import Calibration, ImageSpec, Part
 
 from .checkpoint import ModelConfig
 
@@ -50,7 +50,7 @@ with ag.load("path/to/this/folder") as engine:
 Activations, scales and float weights are {activations}; accuracy level {level}. The first rule that matches
 a tensor's name decides; norms, biases and whatever no rule matches stay float.
 
-{rules}
+{rules}{calibration}
 
 ## Files
 
@@ -80,6 +80,7 @@ tokens, {kv_full} at the full {context:,}.
 The weights are those of {model}, changed in format only. The licence of that model applies to them, not
 the licence of the program that converted them; read it before you pass this folder on.
 """
+_REFINED = {"none": "", "search": ", scales by search", "gptq": ", by GPTQ"}
 _QUANTIZED = """- Weights are rounded. Where an exact tap matters, compare with the original model first.
 """
 
@@ -96,6 +97,7 @@ def model_card(
     sizes: Mapping[str, int],
     licence: str | None = None,
     figures: Mapping[str, Any] | None = None,
+    calibration: Calibration | None = None,
 ) -> str:
     """Write the card.
 
@@ -110,6 +112,7 @@ def model_card(
         sizes: bytes of every file but the manifest and the card itself.
         licence: identifier that the checkpoint's own card gives, if it gives one.
         figures: of the manifest, once measured.
+        calibration: of the manifest.
     """
     context = config.text.context_length
     pixels = image.max_pixels / image.temporal_patch_size
@@ -121,6 +124,7 @@ def model_card(
         activations=recipe.activations,
         level=recipe.accuracy_level,
         rules=_rules(recipe),
+        calibration="" if calibration is None else _calibrated(calibration),
         files=table(["file", "bytes"], [[f"`{name}`", f"{size:,}"] for name, size in sorted(sizes.items())]),
         parts=", ".join(f"{name} {readable(part.weight_bytes)}" for name, part in parts.items()),
         kv_bytes=kv_bytes_per_token,
@@ -161,9 +165,16 @@ def _rules(recipe: Recipe) -> str:
         stored = "float"
         if form is not None:
             kind = "symmetric" if form.symmetric else "with zero points"
-            stored = f"{form.bits} bits, blocks of {form.block_size}, {kind}"
+            stored = f"{form.bits} bits, blocks of {form.block_size}, {kind}{_REFINED[rule.refine]}"
         rows.append([f"`{rule.pattern}`", rule.layers or "all", stored])
     return table(["tensors", "layers", "stored as"], rows)
+
+
+def _calibrated(calibration: Calibration) -> str:
+    return (
+        f"\n\nGPTQ rounded for what the layers see on {calibration.prompts:,} prompts, "
+        f"{calibration.tokens:,} tokens."
+    )
 
 
 def _figures(figures: Mapping[str, Any]) -> str:

@@ -28,6 +28,7 @@ from autoglm_edge.runtime.manifest import (
     Source,
 )
 
+from .calibration_set import CalibrationSet
 from .card import CARD_NAME, model_card
 from .checkpoint import Checkpoint, ModelConfig
 from .files import CONFIG_NAME, PREPROCESSOR_NAME, json_object
@@ -35,6 +36,7 @@ from .genai import GENAI_DECODER_NAME, GENAI_NAME, genai_config, genai_decoder, 
 from .plan import IR_DTYPES, ITEM_BYTES, PartPlan
 from .processor import with_pixel_budget
 from .shapes import expected_tensors
+from .writer import Rows
 
 TOOLS = ("numpy", "onnx", "onnx-ir", "onnxscript")
 """Packages whose version can change what is written."""
@@ -51,14 +53,18 @@ class Job:
         config: of the checkpoint, with the image budget of the bundle.
         recipe: with the layer numbers of this checkpoint.
         plans: decoder, embedding and vision, in this order.
+        store: where values are read: the checkpoint's tensors, with balanced channels if the recipe says so.
         max_image_tokens: the budget that was asked for; None keeps the checkpoint's own.
+        calibration: what weights are rounded for; None if none of them needs it.
     """
 
     checkpoint: Checkpoint
     config: ModelConfig
     recipe: Recipe
     plans: tuple[PartPlan, ...]
+    store: Rows
     max_image_tokens: int | None
+    calibration: CalibrationSet | None = None
 
     @property
     def weight_count(self) -> int:
@@ -81,10 +87,12 @@ class Job:
         document = {
             "created_by": created_by(),
             "numpy": version("numpy"),
+            "onnxruntime": version("onnxruntime") if self.calibration else None,
             "weights": self.checkpoint.tensors.fingerprint(),
             "config": self.config.config_sha256,
             "max_image_tokens": self.max_image_tokens,
             "recipe": self.recipe.to_json(),
+            "calibration": self.calibration.sha256 if self.calibration else None,
             "layout": [
                 [plan.name, plan.data_bytes, [repr(weight) for weight in plan.weights]] for plan in self.plans
             ],
@@ -154,6 +162,7 @@ def small_files(job: Job) -> dict[str, bytes]:
         kv_bytes_per_token=job.kv_bytes_per_token,
         parts=parts(job),
         sizes=sizes,
+        calibration=job.calibration.description if job.calibration else None,
         licence=licence_of(job.checkpoint.path),
     )
     files[CARD_NAME] = card.encode()
@@ -202,6 +211,7 @@ def build_manifest(job: Job, files: Mapping[str, tuple[int, str]]) -> Manifest:
         parts=parts(job),
         generation=dict(config.generation),
         files=tuple(FileEntry(name, size, digest) for name, (size, digest) in sorted(files.items())),
+        calibration=job.calibration.description if job.calibration else None,
     )
 
 

@@ -20,7 +20,7 @@ from autoglm_edge.quantize.recipe import Recipe
 
 from .checkpoint import ModelConfig
 from .nn import CONTRIB, IR_DTYPES, Outputs, Signature, WeightBook, build_part, matmul_pieces
-from .plan import Dtype, PartPlan, Piece, Weight
+from .plan import Action, Dtype, PartPlan, Piece, Weight
 
 TABLE = "model.language_model.embed_tokens"
 
@@ -40,9 +40,11 @@ class Table(nn.Module):
             self.scales = book.parameter(pieces[1])
             self.zero_points = None if self.format.symmetric else book.parameter(pieces[2])
         self.weight = book.parameter(pieces[0])
-        book.add(
-            Weight(name, vocab, hidden, "copy" if self.format is None else "quantize", pieces, self.format)
-        )
+        action: Action = "copy" if self.format is None else "quantize"
+        refine = book.recipe.refinement_for(name)
+        if refine == "gptq":  # rows are looked up and multiplied with nothing: there are no inputs to look at
+            refine = "search"
+        book.add(Weight(name, vocab, hidden, action, pieces, self.format, refine=refine))
 
     def forward(self, op: OpBuilder, ids: ir.Value) -> ir.Value:
         """(B, T) -> (B, T, C)."""
@@ -53,7 +55,7 @@ class Table(nn.Module):
             ids,
             self.scales,
             self.zero_points,
-            bits=self.format.bits,
+            bits=self.format.field_bits,
             block_size=self.format.block_size,
             gather_axis=0,
             quantize_axis=1,
@@ -67,7 +69,7 @@ def gather_pieces(name: str, rows: int, columns: int, format: BlockFormat, dtype
     Unlike MatMulNBits, it does not pad the last block of a row.
     """
     data, scales, *zero_points = matmul_pieces(name, rows, columns, format, dtype)
-    return (replace(data, shape=(rows, -(-columns * format.bits // 8))), scales, *zero_points)
+    return (replace(data, shape=(rows, -(-columns * format.field_bits // 8))), scales, *zero_points)
 
 
 def plan_embedding(config: ModelConfig, recipe: Recipe) -> PartPlan:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import resource
 import shutil
 import sys
@@ -23,11 +24,18 @@ from typing import Any
 import numpy as np
 
 from autoglm_edge.quantize.formats import BlockFormat, quantize_rows
+from autoglm_edge.quantize.gptq import GptqFactor, Panel, gptq_rows
+from autoglm_edge.quantize.refine import search_rows
+from autoglm_edge.quantize.rule import REFINEMENTS, Refinement
 from autoglm_edge.runtime.manifest import MANIFEST_NAME
 
+from .balance import largest, scan_bytes
+from .calibration_cost import calibration_bytes, calibration_operations
 from .card import readable
 from .contents import Job, build_manifest, small_files
+from .links import channel_links
 from .plan import PartPlan, Weight
+from .shapes import expected_tensors
 from .staging import MARGIN_BYTES, Staging, nearest_folder
 from .writer import default_workers, in_flight_bytes
 
@@ -70,7 +78,10 @@ class Estimate:
         missing_bytes: still needed on that disk: the bundle and a margin, less what an interrupted export
             has there already.
         peak_anonymous_bytes: memory that the export itself needs, at most; mapped files not counted.
-        seconds: that converting and hashing take on this machine, if the disks keep up.
+        seconds: that calibrating, converting and hashing take on this machine, if the disks keep up.
+        refinement: the most that is done for any weight: "none", "search" or "gptq".
+        calibration_prompts: that are run through the float model for it; 0 without gptq.
+        calibration_tokens: of all of them.
         weights_mapped_bytes: at run time, clean pages that the system can drop and read again.
         weights_copied_bytes: at run time on a CPU, at most: weights that onnxruntime copies into an order of
             its own when it loads them; these cannot be dropped.
@@ -92,6 +103,9 @@ class Estimate:
     missing_bytes: int
     peak_anonymous_bytes: int
     seconds: float
+    refinement: Refinement
+    calibration_prompts: int
+    calibration_tokens: int
     weights_mapped_bytes: int
     weights_copied_bytes: int
     kv_bytes_per_token: int
@@ -120,6 +134,7 @@ class Estimate:
                 "export takes",
                 f"about {_duration(self.seconds)}, {readable(self.peak_anonymous_bytes)} of memory",
             ),
+            *self._refined(),
             ("weights in use", f"{readable(self.weights_mapped_bytes)} mapped"),
             ("", f"up to {readable(self.weights_copied_bytes)} copied by onnxruntime's CPU kernels"),
             ("KV cache", f"{readable(self.kv_bytes_per_token)} per token"),
@@ -129,6 +144,15 @@ class Estimate:
         rows.append(("", f"{readable(self.kv_bytes_at_full_context)} at {self.context_length:,} tokens"))
         head = f"{self.model} as {self.recipe}, {self.activations} activations"
         return "\n".join([head, *(f"  {label:<16}{value}" for label, value in rows)])
+
+    def _refined(self) -> list[tuple[str, str]]:
+        """What the time goes into, if into more than rounding."""
+        if self.refinement == "none":
+            return []
+        if self.refinement == "search":
+            return [("", "a search for the scales included")]
+        prompts = f"{self.calibration_prompts:,} prompts"
+        return [("", f"calibration on {prompts}, {self.calibration_tokens:,} tokens, included")]
 
 
 def estimate_job(job: Job, output: Path) -> Estimate:
@@ -151,6 +175,11 @@ def estimate_job(job: Job, output: Path) -> Estimate:
     workers = default_workers()
     tensors = job.checkpoint.tensors
     working = max(in_flight_bytes(plan, tensors, workers) for plan in job.plans)
+    if job.recipe.balance:
+        working += scan_bytes(workers)
+    samples, calibrated = job.calibration, _calibrated(job)
+    calibrating = calibration_bytes(job.config, samples, calibrated) if samples else 0
+    refinements = [weight.refine for plan in job.plans for weight in plan.weights]
     kv = job.kv_bytes_per_token
     context = job.config.text.context_length
     return Estimate(
@@ -167,8 +196,11 @@ def estimate_job(job: Job, output: Path) -> Estimate:
         free_bytes=free_bytes,
         fits=missing_bytes <= free_bytes,
         missing_bytes=missing_bytes,
-        peak_anonymous_bytes=_process_bytes() + 2 * working + small_bytes,
+        peak_anonymous_bytes=_process_bytes() + 2 * working + small_bytes + calibrating,
         seconds=expected_seconds(job, workers),
+        refinement=max(refinements, key=REFINEMENTS.index),
+        calibration_prompts=len(samples.samples) if samples else 0,
+        calibration_tokens=samples.tokens if samples else 0,
         weights_mapped_bytes=job.data_bytes,
         weights_copied_bytes=sum(_copied_bytes(plan) for plan in job.plans),
         kv_bytes_per_token=kv,
@@ -180,32 +212,51 @@ def estimate_job(job: Job, output: Path) -> Estimate:
 
 def expected_seconds(job: Job, workers: int) -> float:
     """Time for all weights and their digests, from a trial on this machine with that many threads."""
-    values: Counter[BlockFormat | str] = Counter()
+    values: Counter[tuple[BlockFormat | str, Refinement]] = Counter()
     for plan in job.plans:
         for weight in plan.weights:
-            values[weight.quant or weight.action] += weight.rows * weight.columns
-    rates = {kind: values_per_second(kind, workers) for kind in values}
-    return sum(count / rates[kind] for kind, count in values.items()) + job.data_bytes / hashed_per_second()
+            values[weight.quant or weight.action, weight.refine] += weight.rows * weight.columns
+    if job.recipe.balance:
+        shapes = expected_tensors(job.config)
+        for link in channel_links(job.config):
+            channels = shapes[link.readers[0]][1]
+            read = channels * math.prod(shapes[link.source][1:])  # rows that make the channels
+            read += sum(math.prod(shapes[name]) for name in link.readers)
+            values["balance", "none"] += read
+    seconds = sum(count / values_per_second(*kind, workers) for kind, count in values.items())
+    if job.calibration is not None:
+        operations = calibration_operations(job.config, job.calibration, _calibrated(job))
+        seconds += operations / operations_per_second()
+    return seconds + job.data_bytes / hashed_per_second()
 
 
-def values_per_second(kind: BlockFormat | str, workers: int) -> float:
+def values_per_second(kind: BlockFormat | str, refine: Refinement, workers: int) -> float:
     """Weights per second that this machine takes from bfloat16 to a format, all in memory.
 
     Args:
-        kind: a number format, "copy" or "transpose".
+        kind: a number format, "copy" or "transpose"; "balance" is the look at all weights before that.
+        refine: how integers are chosen; without the calibration that it may need.
         workers: threads at work.
     """
     shape = (TRIAL_ROWS, TRIAL_COLUMNS)
     stored = (np.random.default_rng(0).standard_normal(shape, np.float32).view(np.uint32) >> 16).astype(
         np.uint16
     )
+    nothing = _factor_of_nothing(TRIAL_COLUMNS if refine == "gptq" else 1)
 
     def once(_: int) -> None:
         rows = (stored.astype(np.uint32) << 16).view(np.float32)
         if isinstance(kind, BlockFormat):
-            quantize_rows(rows, kind)
+            if refine == "search":
+                search_rows(rows, kind)
+            elif refine == "gptq":
+                gptq_rows(rows, kind, nothing)
+            else:
+                quantize_rows(rows, kind)
         elif kind == "transpose":
             np.ascontiguousarray(rows.T)
+        elif kind == "balance":
+            largest(rows, axis=0)
         else:
             rows.copy()
 
@@ -217,12 +268,31 @@ def values_per_second(kind: BlockFormat | str, workers: int) -> float:
     return workers * TRIAL_REPEATS * stored.size / max(seconds, 1e-9)
 
 
+def operations_per_second() -> float:
+    """Multiplications and additions per second of a float32 matrix product, all cores at work."""
+    one, other = np.ones((TRIAL_ROWS, TRIAL_COLUMNS), np.float32), np.ones((TRIAL_COLUMNS, 1024), np.float32)
+    one[:16] @ other  # the first time starts threads
+    start = time.perf_counter()
+    one @ other
+    return 2 * TRIAL_ROWS * TRIAL_COLUMNS * 1024 / max(time.perf_counter() - start, 1e-9)
+
+
 def hashed_per_second() -> float:
     """Bytes per second of SHA-256 on one core, as the export computes it."""
     block = bytes(TRIAL_ROWS * TRIAL_COLUMNS)
     start = time.perf_counter()
     hashlib.sha256(block)
     return len(block) / max(time.perf_counter() - start, 1e-9)
+
+
+def _calibrated(job: Job) -> list[Weight]:
+    return [weight for plan in job.plans for weight in plan.weights if weight.refine == "gptq"]
+
+
+def _factor_of_nothing(columns: int) -> GptqFactor:
+    """As much work as a real one."""
+    panel = Panel(np.arange(columns, dtype=np.intp), np.zeros((columns, columns), np.float32))
+    return GptqFactor((panel,), np.ones(columns, np.float32))
 
 
 def _copied_bytes(plan: PartPlan) -> int:

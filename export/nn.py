@@ -101,7 +101,8 @@ class Linear(nn.Module):
             self.scales = book.parameter(pieces[1])
             self.zero_points = None if self.format.symmetric else book.parameter(pieces[2])
         action: Action = "transpose" if self.format is None else "quantize"
-        book.add(Weight(source, rows, columns, action, pieces, self.format, permute))
+        refine = book.recipe.refinement_for(f"{stem}.weight")
+        book.add(Weight(source, rows, columns, action, pieces, self.format, permute, refine))
         self.bias = None
         if bias:
             piece = Piece(f"{stem}.bias", book.dtype, (rows,))
@@ -122,7 +123,7 @@ class Linear(nn.Module):
             self.bias,
             K=self.columns,
             N=self.rows,
-            bits=self.format.bits,
+            bits=self.format.field_bits,
             block_size=self.format.block_size,
             accuracy_level=self.accuracy_level,
             **CONTRIB,
@@ -172,13 +173,13 @@ def silu(op: OpBuilder, x: ir.Value) -> ir.Value:
 
 def matmul_pieces(name: str, rows: int, columns: int, format: BlockFormat, dtype: Dtype) -> tuple[Piece, ...]:
     """Data (N, blocks, bytes), scales (N, blocks) and zero points (N, bytes), as MatMulNBits wants them."""
-    blocks = -(-columns // format.block_size)
+    blocks = format.blocks(columns)
     pieces = [
-        Piece(f"{name}_data", "uint8", (rows, blocks, format.block_size * format.bits // 8)),
+        Piece(f"{name}_data", "uint8", (rows, blocks, format.block_bytes)),
         Piece(f"{name}_scales", dtype, (rows, blocks)),
     ]
     if not format.symmetric:
-        pieces.append(Piece(f"{name}_zero_points", "uint8", (rows, -(-blocks * format.bits // 8))))
+        pieces.append(Piece(f"{name}_zero_points", "uint8", (rows, format.zero_point_bytes(columns))))
     return tuple(pieces)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from autoglm_edge.errors import ExportError
 from autoglm_edge.quantize.recipe import Activations, Recipe, resolve
+from autoglm_edge.quantize.rule import Refinement
 
 
 @dataclass(frozen=True)
@@ -22,16 +23,24 @@ class ExportOptions:
         max_image_tokens: most tokens per image; None keeps the checkpoint's budget.
         resume: go on with an interrupted export, and fail if there is none.
         force: start over, and replace a bundle that is there.
+        calibration: prompts that weights are rounded for, where the recipe asks for it; None takes those that
+            come with the package.
     """
 
     recipe: Recipe
     max_image_tokens: int | None = None
     resume: bool = False
     force: bool = False
+    calibration: Path | None = None
 
     def __post_init__(self) -> None:
         if self.max_image_tokens is not None and self.max_image_tokens < 1:
             raise ExportError(f"max_image_tokens is {self.max_image_tokens}, must be at least 1")
+        if self.calibration is not None and not any(rule.refine == "gptq" for rule in self.recipe.rules):
+            raise ExportError(
+                f"recipe {self.recipe.name} refines nothing by gptq, so the calibration set "
+                f"{self.calibration} would have no effect; leave it out, or add --refine gptq"
+            )
 
     @classmethod
     def choose(
@@ -44,6 +53,8 @@ class ExportOptions:
         activations: Activations | None,
         accuracy_level: int | None,
         max_image_tokens: int | None,
+        refine: Refinement | None = None,
+        calibration: str | Path | None = None,
         resume: bool = False,
         force: bool = False,
     ) -> ExportOptions:
@@ -55,6 +66,11 @@ class ExportOptions:
         """
         base = recipe if isinstance(recipe, Recipe) else resolve(precision if recipe is None else recipe)
         changed = base.with_(
-            block_size=block_size, symmetric=symmetric, activations=activations, accuracy_level=accuracy_level
+            block_size=block_size,
+            symmetric=symmetric,
+            activations=activations,
+            accuracy_level=accuracy_level,
+            refine=refine,
         )
-        return cls(changed, max_image_tokens, resume, force)
+        path = None if calibration is None else Path(calibration).expanduser()
+        return cls(changed, max_image_tokens, resume, force, path)

@@ -4,11 +4,12 @@ In: a checkpoint, a recipe, an output path. Out: a bundle there, or an error and
 order of things; how a graph looks, how a tensor is read or quantized, and what a manifest holds is decided
 elsewhere.
 
-    checkpoint ─► recipe ─► three plans ─► checks (names, output, lock, disk)
+    checkpoint ─► recipe ─► three plans ─► calibration set ─► checks (names, output, lock, disk)
         ─► data files ─► graphs and small files ─► SHA-256 of all ─► manifest.json ─► rename
 
 Weights that have reached the disk are journalled, so an export that was killed, cancelled or ran out of disk
-goes on where it stopped. The same checkpoint, recipe and release give the same bytes, interrupted or not.
+goes on where it stopped. The same checkpoint, recipe, calibration set and release give the same bytes,
+interrupted or not.
 """
 
 from __future__ import annotations
@@ -18,30 +19,37 @@ import hashlib
 import os
 import shutil
 from collections.abc import Collection, Mapping
-from dataclasses import replace
 from pathlib import Path
 
 from autoglm_edge.embedded import POCKET_NAME, pocket_path
-from autoglm_edge.errors import CheckpointError, ExportError, RequestError
+from autoglm_edge.errors import CheckpointError, ExportError
 from autoglm_edge.quantize.recipe import Activations, Recipe
+from autoglm_edge.quantize.rule import Refinement
 from autoglm_edge.runtime.bundle import Bundle
-from autoglm_edge.runtime.manifest import MANIFEST_NAME, ImageSpec
+from autoglm_edge.runtime.manifest import MANIFEST_NAME
 
-from .checkpoint import Checkpoint, ModelConfig
+from .calibration import Calibration
+from .checkpoint import Checkpoint
 from .contents import Job, build_manifest, small_files
-from .embedding import plan_embedding
 from .forecast import Estimate, estimate_job
 from .journal import Entries, Journal, read_journal
 from .options import ExportOptions
 from .plan import PartPlan, Weight
+from .preparation import image_budget, prepare
 from .progress import Progress, ProgressEvent, silent
-from .shapes import HEAD, expected_tensors
+from .quantizer import RecipeQuantizer
 from .staging import MARGIN_BYTES, Staging, check_apart, check_output, nearest_folder, write_file
-from .text import plan_decoder
-from .vision import plan_vision
-from .writer import source_matrix, write_part
+from .writer import write_part
 
-__all__ = ["ExportOptions", "Progress", "ProgressEvent", "estimate", "export"]
+__all__ = [
+    "ExportOptions",
+    "Progress",
+    "ProgressEvent",
+    "estimate",
+    "export",
+    "image_budget",
+    "prepare",
+]
 
 HASH_BLOCK_BYTES = 1 << 20
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -59,6 +67,8 @@ def export(
     revision: str | None = None,
     activations: Activations | None = None,
     accuracy_level: int | None = None,
+    refine: Refinement | None = None,
+    calibration: str | Path | None = None,
     resume: bool = False,
     force: bool = False,
     progress: Progress | None = None,
@@ -80,6 +90,9 @@ def export(
         revision: branch, tag or commit of a hub checkpoint.
         activations: "float32" or "float16", in place of the recipe's own.
         accuracy_level: of MatMulNBits, 0 to 4, in place of the recipe's own.
+        refine: how integers are chosen, "none", "search" or "gptq", in place of the recipe's own.
+        calibration: JSON Lines file of prompts that gptq rounds for; see docs/export.md. None takes the set
+            that comes with the package, if the recipe asks for gptq anywhere.
         resume: insist on continuing an interrupted export. With `force`, that export may replace a bundle.
         force: discard an interrupted export and replace the bundle at `output`; the old one stays until the
             new one is complete.
@@ -101,6 +114,8 @@ def export(
         activations=activations,
         accuracy_level=accuracy_level,
         max_image_tokens=max_image_tokens,
+        refine=refine,
+        calibration=calibration,
         resume=resume,
         force=force,
     )
@@ -128,6 +143,8 @@ def estimate(
     revision: str | None = None,
     activations: Activations | None = None,
     accuracy_level: int | None = None,
+    refine: Refinement | None = None,
+    calibration: str | Path | None = None,
     resume: bool = False,
     force: bool = False,
     progress: Progress | None = None,
@@ -146,6 +163,8 @@ def estimate(
         activations=activations,
         accuracy_level=accuracy_level,
         max_image_tokens=max_image_tokens,
+        refine=refine,
+        calibration=calibration,
         resume=resume,
         force=force,
     )
@@ -153,47 +172,6 @@ def estimate(
     checkpoint = _open(model, revision, progress or silent)
     check_apart(place, checkpoint.path)
     return estimate_job(prepare(checkpoint, options), place)
-
-
-def prepare(checkpoint: Checkpoint, options: ExportOptions) -> Job:
-    """Decide everything about an export, and check the checkpoint against it.
-
-    Raises:
-        CheckpointError: a tensor is missing or has another shape than config.json says.
-        ExportError: the image budget does not fit the model.
-        QuantError: a rule of the recipe that matches nothing, or layers that are not there.
-    """
-    config = checkpoint.config
-    expected = expected_tensors(config)
-    checkpoint.check(expected)
-    config = replace(config, image=image_budget(config, options.max_image_tokens))
-    recipe = options.recipe.for_layers(decoder=config.text.layers, vision=config.vision.depth)
-    recipe.check_names((*expected, HEAD))  # a tied head is stored by the rules for heads
-    plans = (plan_decoder(config, recipe), plan_embedding(config, recipe), plan_vision(config, recipe))
-    for plan in plans:
-        for weight in plan.weights:
-            source_matrix(weight, checkpoint.tensors.shape(weight.source))
-    return Job(checkpoint, config, recipe, plans, options.max_image_tokens)
-
-
-def image_budget(config: ModelConfig, max_tokens: int | None) -> ImageSpec:
-    """The image processor with another limit of tokens per image.
-
-    Raises:
-        ExportError: fewer tokens than the smallest image takes, or more than the context holds.
-    """
-    if max_tokens is None:
-        return config.image
-    most = config.text.context_length - 3  # the two tokens around an image, and one of text
-    if max_tokens > most:
-        raise ExportError(
-            f"max_image_tokens is {max_tokens}, must be at most {most}, which is what the context of "
-            f"{config.text.context_length} tokens holds"
-        )
-    try:
-        return config.image.with_max_tokens(max_tokens)
-    except RequestError as error:
-        raise ExportError(str(error)) from error
 
 
 def _place(output: str | Path) -> Path:
@@ -330,8 +308,10 @@ def _write_weights(
 ) -> None:
     total = sum(plan.weight_bytes for plan in job.plans)
     done = 0
+    on_disk = {plan.name: entries.finished.get(plan.name, set()) if entries else set() for plan in job.plans}
+    quantizer = RecipeQuantizer(_calibration(job, on_disk, tell))
     for plan in job.plans:
-        finished: Collection[str] = entries.finished.get(plan.name, set()) if entries else set()
+        finished = on_disk[plan.name]
         done += sum(weight.size_bytes for weight in plan.weights if weight.pieces[0].name in finished)
 
         def advance(weight: Weight, written: int) -> None:
@@ -341,12 +321,32 @@ def _write_weights(
 
         write_part(
             plan,
-            job.checkpoint.tensors,
+            job.store,
             staging.bundle / plan.data_file,
+            quantizer=quantizer,
             finished=finished,
             record=lambda names, part=plan.name: journal.record(part, names),  # type: ignore[misc]
             advance=advance,
         )
+
+
+def _calibration(job: Job, on_disk: Mapping[str, set[str]], tell: Progress) -> Calibration | None:
+    """The run over the calibration set, for the weights that are still to be written."""
+    if job.calibration is None:
+        return None
+    wanted = [
+        weight.name
+        for plan in job.plans
+        for weight in plan.weights
+        if weight.refine == "gptq" and weight.pieces[0].name not in on_disk[plan.name]
+    ]
+    return Calibration(
+        job.store,
+        job.config,
+        job.calibration,
+        wanted,
+        lambda detail: tell(ProgressEvent("calibration", detail, 0, 0)),
+    )
 
 
 def _write_rest(job: Job, staging: Staging, tell: Progress) -> str:

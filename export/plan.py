@@ -18,6 +18,7 @@ from typing import Literal
 import onnx_ir as ir
 
 from autoglm_edge.quantize.formats import BlockFormat
+from autoglm_edge.quantize.rule import Refinement
 
 ALIGNMENT = 4096
 """Offset of each piece in the data file, in bytes: one page, so that pieces can be mapped alone."""
@@ -69,6 +70,7 @@ class Weight:
         quant: the format if action is "quantize".
         permute: axes order applied to the checkpoint tensor before it is seen as a matrix, or None
             (the vision downsample convolution, whose kernel must lie patch first).
+        refine: how the integers are chosen if action is "quantize".
     """
 
     source: str
@@ -78,6 +80,12 @@ class Weight:
     pieces: tuple[Piece, ...]
     quant: BlockFormat | None = None
     permute: tuple[int, ...] | None = None
+    refine: Refinement = "none"
+
+    @property
+    def name(self) -> str:
+        """Its name in the graph; the checkpoint's own, but for a tied head."""
+        return self.pieces[0].name.removesuffix("_data")
 
     @property
     def size_bytes(self) -> int:

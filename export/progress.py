@@ -16,7 +16,7 @@ class ProgressEvent:
 
     Attributes:
         stage: "checkpoint", "resume", "weights", "graphs", "hash", "publish" or "done", in this order
-            ("resume" only when an interrupted export goes on).
+            ("resume" only when an interrupted export goes on); and "calibration" in between weights.
         detail: what is being worked on: a tensor name, a file name, or a sentence.
         done_bytes: bytes finished within the stage; 0 where bytes mean nothing.
         total_bytes: bytes of the whole stage; 0 where bytes mean nothing.

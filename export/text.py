@@ -22,7 +22,7 @@ import onnx_ir as ir
 from onnxscript import GraphBuilder, nn
 from onnxscript._internal.builder import OpBuilder
 
-from autoglm_edge.quantize.recipe import Recipe
+from autoglm_edge.quantize.recipe import PRESETS, Recipe
 
 from .checkpoint import ModelConfig, TextConfig
 from .nn import (
@@ -235,6 +235,54 @@ def plan_decoder(config: ModelConfig, recipe: Recipe) -> PartPlan:
         return outputs
 
     return build_part("decoder", book, inputs, trace)
+
+
+def plan_layer(config: ModelConfig) -> PartPlan:
+    """One decoder layer by itself, in float32, with weights called `layer.*`; the stream is one tensor.
+
+    x (B, T, C), attention_mask (B, S), position_ids (3, B, T), past.key and past.value (B, K, P, D)
+    → y (B, T, C), present.key and present.value (B, K, S, D)
+    """
+    text, dtype = config.text, ir.DataType.FLOAT
+    book = WeightBook(PRESETS["fp32"])
+    layer = Layer(book, "layer", text)
+    layer._set_name("layer")
+    cached: Sequence[int | str] = ["batch", text.kv_heads, "past", text.head_dim]
+    inputs: Signature = [
+        ("x", dtype, ["batch", "tokens", text.hidden]),
+        ("attention_mask", ir.DataType.INT64, ["batch", "total"]),
+        ("position_ids", ir.DataType.INT64, [3, "batch", "tokens"]),
+        ("past.key", dtype, cached),
+        ("past.value", dtype, cached),
+    ]
+
+    def trace(builder: GraphBuilder, op: OpBuilder, values: list[ir.Value]) -> Outputs:
+        x, mask, positions, *past = values
+        step = _step(op, mask, positions, text, dtype)
+        branch, residual, present = layer(op, None, x, step, tuple(past), None)
+        y = op.Add(branch, residual)
+        grown: Sequence[int | str] = ["batch", text.kv_heads, "cached", text.head_dim]
+        return [
+            ("y", y, dtype, ["batch", "tokens", text.hidden]),
+            ("present.key", present[0], dtype, grown),
+            ("present.value", present[1], dtype, grown),
+        ]
+
+    return build_part("layer", book, inputs, trace)
+
+
+def plan_norm(config: ModelConfig) -> PartPlan:
+    """The final norm by itself, in float32: x (B, T, C) → y (B, T, C), which is what the head gets."""
+    text, dtype = config.text, ir.DataType.FLOAT
+    book = WeightBook(PRESETS["fp32"])
+    norm = RMSNorm(book, f"{STEM}.norm", text.hidden, text.norm_eps)
+    norm._set_name(f"{STEM}.norm")
+    shape: Sequence[int | str] = ["batch", "tokens", text.hidden]
+
+    def trace(builder: GraphBuilder, op: OpBuilder, values: list[ir.Value]) -> Outputs:
+        return [("y", norm(op, *values), dtype, shape)]
+
+    return build_part("norm", book, [("x", dtype, shape)], trace)
 
 
 def _step(op: OpBuilder, mask: ir.Value, positions: ir.Value, text: TextConfig, dtype: ir.DataType) -> Step:

@@ -10,12 +10,14 @@ operator whose memory grows with P, not P². Several pictures are several runs. 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import onnx_ir as ir
 from onnxscript import GraphBuilder, nn
 from onnxscript._internal.builder import OpBuilder
 
-from autoglm_edge.quantize.recipe import Recipe
+from autoglm_edge.quantize.recipe import PRESETS, Recipe
 
 from .checkpoint import ModelConfig, VisionConfig
 from .nn import (
@@ -168,43 +170,30 @@ class Embeddings(nn.Module):
         return self.position_embedding(op, rows, columns)
 
 
-class Visual(nn.Module):
-    """The whole tower, under the checkpoint's name."""
+class Stem(nn.Module):
+    """From the patches of a picture to the input of the first block."""
 
-    def __init__(self, book: WeightBook, vision: VisionConfig) -> None:
-        super().__init__(STEM)
+    def __init__(self, book: WeightBook, vision: VisionConfig, name: str = "") -> None:
+        super().__init__(name)
         self.vision = vision
-        width, merge = vision.hidden, vision.merge_size
         self.patch_embed = PatchEmbed(book, f"{STEM}.patch_embed", vision)
         self.embeddings = Embeddings(book, f"{STEM}.embeddings", vision)
-        self.post_conv_layernorm = RMSNorm(book, f"{STEM}.post_conv_layernorm", width, vision.norm_eps)
-        self.blocks = nn.ModuleList([Block(book, f"{STEM}.blocks.{i}", vision) for i in range(vision.depth)])
-        self.post_layernorm = RMSNorm(book, f"{STEM}.post_layernorm", width, vision.norm_eps)
-        self.downsample = Linear(
-            book,
-            f"{STEM}.downsample",
-            merge * merge * width,
-            vision.out_hidden,
-            bias=True,
-            permute=(0, 2, 3, 1),  # a block's patches lie one after another, channels last
+        self.post_conv_layernorm = RMSNorm(
+            book, f"{STEM}.post_conv_layernorm", vision.hidden, vision.norm_eps
         )
-        self.merger = Merger(book, f"{STEM}.merger", vision)
 
-    def forward(self, op: OpBuilder, pixels: ir.Value, grid: ir.Value, dtype: ir.DataType) -> ir.Value:
-        """(P, patch), (1, 3) -> (P / merge², out_hidden)."""
-        vision, merge = self.vision, self.vision.merge_size
+    def forward(
+        self, op: OpBuilder, pixels: ir.Value, grid: ir.Value, dtype: ir.DataType
+    ) -> tuple[ir.Value, ir.Value, ir.Value]:
+        """(P, patch), (1, 3) -> (1, P, hidden), and cosines and sines (1, P, head_dim / 2)."""
+        vision = self.vision
         rows, columns = (op.Reshape(op.Gather(grid, axis, axis=1), [1]) for axis in (1, 2))
-        block_major = _BlockOrder(op, rows, columns, merge)
+        block_major = _BlockOrder(op, rows, columns, vision.merge_size)
         cos, sin = self._rotary(op, block_major, rows, columns, dtype)
         x = self.post_conv_layernorm(op, self.patch_embed(op, op.Cast(pixels, to=dtype)))
         table = self.embeddings(op, rows, columns)
         places = op.Cast(block_major.cells(op, table, vision.hidden), to=dtype)
-        branch, residual = None, op.Unsqueeze(op.Add(x, places), [0])  # (1, P, hidden)
-        for block in self.blocks:
-            branch, residual = block(op, branch, residual, cos, sin)
-        h, _ = self.post_layernorm(op, branch, residual)
-        h = op.Reshape(h, [-1, merge * merge * vision.hidden])
-        return self.merger(op, self.downsample(op, h))
+        return op.Unsqueeze(op.Add(x, places), [0]), cos, sin
 
     def _rotary(
         self, op: OpBuilder, order: _BlockOrder, rows: ir.Value, columns: ir.Value, dtype: ir.DataType
@@ -221,6 +210,51 @@ class Visual(nn.Module):
         ]  # (P, head_dim / 4) each
         angle = op.Unsqueeze(op.Concat(*angles, axis=-1), [0])
         return op.Cast(op.Cos(angle), to=dtype), op.Cast(op.Sin(angle), to=dtype)
+
+
+class Top(nn.Module):
+    """From the output of the last block to image tokens."""
+
+    def __init__(self, book: WeightBook, vision: VisionConfig, name: str = "") -> None:
+        super().__init__(name)
+        merge = vision.merge_size
+        self.width = merge * merge * vision.hidden
+        self.post_layernorm = RMSNorm(book, f"{STEM}.post_layernorm", vision.hidden, vision.norm_eps)
+        self.downsample = Linear(
+            book,
+            f"{STEM}.downsample",
+            self.width,
+            vision.out_hidden,
+            bias=True,
+            permute=(0, 2, 3, 1),  # a block's patches lie one after another, channels last
+        )
+        self.merger = Merger(book, f"{STEM}.merger", vision)
+
+    def forward(self, op: OpBuilder, branch: ir.Value | None, residual: ir.Value) -> ir.Value:
+        """(1, P, hidden) twice -> (P / merge², out_hidden)."""
+        if branch is None:
+            h = self.post_layernorm(op, residual)
+        else:
+            h, _ = self.post_layernorm(op, branch, residual)
+        return self.merger(op, self.downsample(op, op.Reshape(h, [-1, self.width])))
+
+
+class Visual(nn.Module):
+    """The whole tower, under the checkpoint's name. Stem and top have no names of their own there."""
+
+    def __init__(self, book: WeightBook, vision: VisionConfig) -> None:
+        super().__init__(STEM)
+        self.stem = Stem(book, vision)
+        self.blocks = nn.ModuleList([Block(book, f"{STEM}.blocks.{i}", vision) for i in range(vision.depth)])
+        self.top = Top(book, vision)
+
+    def forward(self, op: OpBuilder, pixels: ir.Value, grid: ir.Value, dtype: ir.DataType) -> ir.Value:
+        """(P, patch), (1, 3) -> (P / merge², out_hidden)."""
+        residual, cos, sin = self.stem(op, pixels, grid, dtype)
+        branch = None
+        for block in self.blocks:
+            branch, residual = block(op, branch, residual, cos, sin)
+        return self.top(op, branch, residual)
 
 
 class _BlockOrder:
@@ -258,13 +292,64 @@ def plan_vision(config: ModelConfig, recipe: Recipe) -> PartPlan:
     book = WeightBook(recipe)
     visual = Visual(book, vision)
     dtype = IR_DTYPES[book.dtype]
-    inputs: Signature = [
-        ("pixel_values", ir.DataType.FLOAT, ["patches", patch_width(vision)]),
-        ("image_grid_thw", ir.DataType.INT64, [1, 3]),
-    ]
 
     def trace(builder: GraphBuilder, op: OpBuilder, values: list[ir.Value]) -> Outputs:
         features = visual(op, *values, dtype)
         return [("image_features", features, dtype, ["image_tokens", vision.out_hidden])]
 
-    return build_part("vision", book, inputs, trace)
+    return build_part("vision", book, _inputs(vision), trace)
+
+
+def plan_stem(config: ModelConfig) -> PartPlan:
+    """The stem by itself, in float32: the inputs of the vision graph → x (1, P, hidden), cos, sin."""
+    vision, dtype = config.vision, ir.DataType.FLOAT
+    book = WeightBook(PRESETS["fp32"])
+    stem = Stem(book, vision, STEM)
+
+    def trace(builder: GraphBuilder, op: OpBuilder, values: list[ir.Value]) -> Outputs:
+        x, cos, sin = stem(op, *values, dtype)
+        rotary: Sequence[int | str] = [1, "patches", vision.head_dim // 2]
+        return [
+            ("x", x, dtype, [1, "patches", vision.hidden]),
+            ("cos", cos, dtype, rotary),
+            ("sin", sin, dtype, rotary),
+        ]
+
+    return build_part("stem", book, _inputs(vision), trace)
+
+
+def plan_block(config: ModelConfig) -> PartPlan:
+    """One block by itself, in float32, with weights called `block.*`: x, cos, sin → y (1, P, hidden)."""
+    vision, dtype = config.vision, ir.DataType.FLOAT
+    book = WeightBook(PRESETS["fp32"])
+    block = Block(book, "block", vision)
+    block._set_name("block")
+    shape: Sequence[int | str] = [1, "patches", vision.hidden]
+    rotary: Sequence[int | str] = [1, "patches", vision.head_dim // 2]
+
+    def trace(builder: GraphBuilder, op: OpBuilder, values: list[ir.Value]) -> Outputs:
+        branch, residual = block(op, None, *values)
+        return [("y", op.Add(branch, residual), dtype, shape)]
+
+    return build_part(
+        "block", book, [("x", dtype, shape), ("cos", dtype, rotary), ("sin", dtype, rotary)], trace
+    )
+
+
+def plan_top(config: ModelConfig) -> PartPlan:
+    """The top by itself, in float32: x (1, P, hidden) → image_features (N, C)."""
+    vision, dtype = config.vision, ir.DataType.FLOAT
+    book = WeightBook(PRESETS["fp32"])
+    top = Top(book, vision, STEM)
+
+    def trace(builder: GraphBuilder, op: OpBuilder, values: list[ir.Value]) -> Outputs:
+        return [("image_features", top(op, None, *values), dtype, ["image_tokens", vision.out_hidden])]
+
+    return build_part("top", book, [("x", dtype, [1, "patches", vision.hidden])], trace)
+
+
+def _inputs(vision: VisionConfig) -> Signature:
+    return [
+        ("pixel_values", ir.DataType.FLOAT, ["patches", patch_width(vision)]),
+        ("image_grid_thw", ir.DataType.INT64, [1, 3]),
+    ]

@@ -1,11 +1,13 @@
 """Writes the data file of a part: checkpoint rows in, final bytes out, a few megabytes at a time.
 
-In: a `PartPlan`, the checkpoint's tensors, and which weights are on disk already. Out: the data file, and a
-call for every batch of weights that has reached the disk. Knows nothing of recipes, graphs or bundles.
+In: a `PartPlan`, the checkpoint's tensors, a `Quantizer`, and which weights are on disk already. Out: the
+data file, and a call for every batch of weights that has reached the disk. Knows nothing of recipes, graphs
+or bundles.
 
 Rows are independent of each other in every number format, so a tensor is cut into chunks of rows, which a
 thread pool reads, converts and writes at their final offsets, in any order. The bytes do not depend on the
-number of threads. Memory in use is the chunks being worked on, whatever the size of a tensor.
+number of threads. Memory in use is the chunks being worked on, whatever the size of a tensor, and what the
+quantizer holds.
 """
 
 from __future__ import annotations
@@ -23,9 +25,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autoglm_edge.errors import ExportError, QuantError
-from autoglm_edge.quantize.formats import quantize_rows
+from autoglm_edge.quantize.gptq import TILE_ROWS
 
+from .gram import PANEL
 from .plan import PartPlan, Piece, Weight
+from .quantizer import Quantizer, RecipeQuantizer, RowsToIntegers
 
 BUDGET_BYTES = 32 << 20
 """Float32 values that all threads together hold; the integers made of them come on top."""
@@ -70,12 +74,13 @@ class Rows(Protocol):
 
 @dataclass(frozen=True)
 class Chunk:
-    """Rows start..stop of one weight."""
+    """Rows start..stop of one weight, and what makes integers of them if it is to be quantized."""
 
     weight: Weight
     start: int
     stop: int
     last: bool
+    to_integers: RowsToIntegers | None
 
 
 def default_workers() -> int:
@@ -110,18 +115,25 @@ def source_matrix(weight: Weight, shape: tuple[int, ...]) -> tuple[int, int]:
 
 def chunk_rows(weight: Weight, rows: int, columns: int, workers: int) -> int:
     """Rows per chunk of a (rows, columns) tensor when `workers` chunks are in memory at once."""
+    if weight.refine == "gptq":
+        return min(rows, TILE_ROWS)  # fewer would be as much work
     least, most = TALL_CHUNK_BYTES if weight.action == "transpose" else CHUNK_BYTES
     budget = min(max(BUDGET_BYTES // workers, least), most)
     return min(rows, max(1, budget // (4 * columns)))
 
 
 def in_flight_bytes(plan: PartPlan, store: Rows, workers: int) -> int:
-    """Bytes of the chunks that are in memory at once: float32 values, and the pieces made of them."""
+    """Bytes of the chunks that are in memory at once: float32 values, and the pieces made of them.
+
+    Weights refined by gptq are made out of a second set of pieces, on four times the values of a panel.
+    """
     largest = 0
     for weight in plan.weights:
         rows, columns = source_matrix(weight, store.shape(weight.source))
         count = chunk_rows(weight, rows, columns, workers)
         made = math.ceil(sum(piece.size_bytes for piece in weight.pieces) * count / rows)
+        if weight.refine == "gptq":
+            made += made + 16 * TILE_ROWS * min(columns, PANEL)
         largest = max(largest, 4 * count * columns + made)
     return workers * largest
 
@@ -131,6 +143,7 @@ def write_part(
     store: Rows,
     path: Path,
     *,
+    quantizer: Quantizer | None = None,
     finished: Collection[str] = (),
     record: Callable[[list[str]], None] | None = None,
     advance: Callable[[Weight, int], None] | None = None,
@@ -142,6 +155,7 @@ def write_part(
         plan: what to write where.
         store: where the values come from.
         path: the data file; made if absent, set to its final size at once.
+        quantizer: makes integers; without one, refinements by calibration are refused.
         finished: first piece name of the weights that are in the file already.
         record: called, from another thread but never twice at once, with first piece names of weights whose
             bytes have reached the disk.
@@ -163,7 +177,7 @@ def write_part(
             flush = _Flush(handle, flusher, record)
             pending: deque[tuple[Chunk, Future[None]]] = deque()
             try:
-                for chunk in _chunks(plan, store, finished, count):
+                for chunk in _chunks(plan, store, finished, count, quantizer or RecipeQuantizer()):
                     pending.append((chunk, pool.submit(_write_chunk, handle, store, chunk)))
                     if len(pending) >= 4 * count:
                         _settle(*pending.popleft(), store, flush, advance)
@@ -179,16 +193,19 @@ def write_part(
         os.close(handle)
 
 
-def _chunks(plan: PartPlan, store: Rows, finished: Collection[str], workers: int) -> Iterator[Chunk]:
+def _chunks(
+    plan: PartPlan, store: Rows, finished: Collection[str], workers: int, quantizer: Quantizer
+) -> Iterator[Chunk]:
     """All chunks to be written, in the order of the data file."""
     for weight in plan.weights:
         if weight.pieces[0].name in finished:
             continue
         rows, columns = source_matrix(weight, store.shape(weight.source))
         step = chunk_rows(weight, rows, columns, workers)
+        to_integers = quantizer.prepare(weight) if weight.action == "quantize" else None
         for start in range(0, rows, step):
             stop = min(start + step, rows)
-            yield Chunk(weight, start, stop, last=stop == rows)
+            yield Chunk(weight, start, stop, stop == rows, to_integers)
 
 
 def _settle(
@@ -269,25 +286,23 @@ def _write_chunk(handle: int, store: Rows, chunk: Chunk) -> None:
         (piece,) = weight.pieces
         _write_columns(handle, _cast(values, piece, weight, start), piece, weight.rows, start)
     else:
-        _write_quantized(handle, values, weight, start)
+        _write_quantized(handle, values, chunk)
 
 
-def _write_quantized(handle: int, values: NDArray[np.float32], weight: Weight, start: int) -> None:
+def _write_quantized(handle: int, values: NDArray[np.float32], chunk: Chunk) -> None:
     """Quantize rows; each piece has a fixed number of bytes per row, so they land in one run per piece."""
-    if weight.quant is None:
+    weight, start, fmt, to_integers = chunk.weight, chunk.start, chunk.weight.quant, chunk.to_integers
+    if fmt is None or to_integers is None:
         raise ExportError(f"the plan for {weight.source} says quantize, but names no format")
-    scale_piece = weight.pieces[1]
-    if scale_piece.dtype == "uint8":
-        raise ExportError(f"the plan for {weight.source} stores scales as uint8; they are floats")
     try:
-        made = quantize_rows(values, weight.quant, scale_dtype=scale_piece.dtype)
+        made = to_integers(values)
     except QuantError as error:
         stop = start + len(values)
         raise QuantError(
             f"{weight.source}, counted from row {start} of rows {start} to {stop}: {error}"
         ) from error
     data = made.data.reshape(len(values), -1)
-    unpadded = -(-weight.columns * weight.quant.bits // 8)
+    unpadded = -(-weight.columns * fmt.field_bits // 8)
     if weight.pieces[0].size_bytes == weight.rows * unpadded:
         data = data[
             :, :unpadded

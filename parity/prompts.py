@@ -10,21 +10,17 @@ from __future__ import annotations
 
 import json
 import random
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from autoglm_edge.errors import PromptError
-from autoglm_edge.runtime.image import load_image
-from autoglm_edge.runtime.messages import read_messages
+from autoglm_edge.runtime.questions import Question as Question
+from autoglm_edge.runtime.questions import read_questions
 
-from .screens import Box, Size, draw_dialog, draw_list, draw_shapes
+from .screens import Size, draw_dialog, draw_list, draw_shapes
 
 PROMPT_SETS = ("small", "full")
 DEFAULT_SEED = 20261122
-MAX_TOKENS = 48
-"""Of an answer, unless a file says otherwise: a thought in a sentence, and an action."""
-
 SCREEN_SIZES: tuple[Size, ...] = ((360, 800), (720, 1600), (1080, 2400), (1440, 900))
 
 TEXTS = {
@@ -85,23 +81,6 @@ PARAGRAPHS = (
     "存储空间不足时，系统会提示清理缓存；照片和视频可以先备份到电脑上。",
     "Maps can be saved for use without a network; an area the size of a town takes about forty megabytes. ",
 )
-
-
-@dataclass(frozen=True, eq=False)
-class Question:
-    """One prompt.
-
-    Attributes:
-        name: group, language and number.
-        messages: OpenAI-style, with Pillow images.
-        max_tokens: limit of the answer.
-        box: what a tap should hit, in 0..999, or None.
-    """
-
-    name: str
-    messages: tuple[dict[str, Any], ...]
-    max_tokens: int = MAX_TOKENS
-    box: Box | None = None
 
 
 def make_prompts(name: str, seed: int = DEFAULT_SEED) -> list[Question]:
@@ -192,73 +171,15 @@ def _text(text: str) -> dict[str, Any]:
 
 
 def read_prompts(path: Path) -> list[Question]:
-    """Prompts of one's own: a JSON Lines file, one object a line.
-
-    Keys: `name` (unique; the first word is the group), `messages` (OpenAI-style; pictures as data URI or as
-    a path relative to the file), and where wanted `max_tokens` and `box` (four integers in 0..999).
+    """Prompts of one's own: all of `runtime.questions.read_questions`.
 
     Raises:
-        PromptError: not such a file.
+        PromptError: no such file, or not one of this kind.
         ImageError: a picture cannot be read.
         RequestError: a message is wrong.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+    if not path.is_file():
         raise PromptError(
-            f"there is no prompt set {str(path)!r}: it is neither {' nor '.join(PROMPT_SETS)}, nor a file of "
-            f"UTF-8 text ({error})"
-        ) from error
-    questions = [
-        _from_line(line, f"{path}:{number}", path.parent)
-        for number, line in enumerate(lines, 1)
-        if line.strip()
-    ]
-    names = [question.name for question in questions]
-    if not names or len(set(names)) != len(names):
-        raise PromptError(f"{path} has {len(names)} prompts, must have at least one, and no name twice")
-    return questions
-
-
-def _from_line(line: str, where: str, folder: Path) -> Question:
-    try:
-        document = json.loads(line)
-    except ValueError as error:
-        raise PromptError(f"{where} is not JSON ({error}); write one object a line") from error
-    keys = {"name", "messages", "max_tokens", "box"}
-    if not isinstance(document, dict) or not {"name", "messages"} <= set(document) <= keys:
-        raise PromptError(f"{where} must be an object with name and messages, and at most {sorted(keys)}")
-    name, box, max_tokens = document["name"], document.get("box"), document.get("max_tokens", MAX_TOKENS)
-    is_box = isinstance(box, list) and len(box) == 4 and all(type(value) is int for value in box)
-    if not isinstance(name, str) or not name or type(max_tokens) is not int or max_tokens < 1:
-        raise PromptError(
-            f"{where} has the name {name!r} and max_tokens {max_tokens!r}; use text and at least 1"
+            f"there is no prompt set {str(path)!r}: it is neither {' nor '.join(PROMPT_SETS)}, nor a file"
         )
-    if box is not None and not (is_box and min(box) >= 0 and max(box) <= 1000):
-        raise PromptError(f"{where} has the box {box!r}, must be four integers in 0..999")
-    messages = tuple(_with_pictures(message, folder) for message in _list(document["messages"], where))
-    read_messages(messages)
-    return Question(name, messages, max_tokens, None if box is None else (box[0], box[1], box[2], box[3]))
-
-
-def _list(value: Any, where: str) -> list[Any]:
-    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
-        raise PromptError(f"{where} has messages that are no list of objects")
-    return value
-
-
-def _with_pictures(message: dict[str, Any], folder: Path) -> dict[str, Any]:
-    content = message.get("content")
-    if not isinstance(content, list):
-        return message
-    parts = []
-    for part in content:
-        source = part.get("image") if isinstance(part, dict) else None
-        if isinstance(part, dict) and part.get("type") == "image_url":
-            url = part.get("image_url")
-            source = url.get("url") if isinstance(url, dict) else url
-        if isinstance(source, str):
-            location = source if source.startswith(("data:", "http:", "https:")) else folder / source
-            part = {"type": "image", "image": load_image(location)}
-        parts.append(part)
-    return {**message, "content": parts}
+    return list(read_questions(path))

@@ -227,6 +227,28 @@ class Part:
 
 
 @dataclass(frozen=True)
+class Calibration:
+    """The inputs that weights were rounded for, where the recipe asks for that.
+
+    Attributes:
+        sha256: of the token ids, positions and patches that were run.
+        prompts: how many, each with its answer.
+        tokens: of all of them.
+    """
+
+    sha256: str
+    prompts: int
+    tokens: int
+
+    def __post_init__(self) -> None:
+        if not _is_sha256(self.sha256):
+            raise BundleError(
+                f"{MANIFEST_NAME}: calibration.sha256 is {self.sha256!r}, must be 64 hex digits"
+            )
+        _at_least(1, "calibration.", prompts=self.prompts, tokens=self.tokens)
+
+
+@dataclass(frozen=True)
 class Manifest:
     """The whole of manifest.json.
 
@@ -246,6 +268,7 @@ class Manifest:
         generation: sampling defaults of the checkpoint (temperature, top_p, ...), as far as it gives any.
         files: every file of the bundle but the manifest itself.
         figures: measured parity and memory of exactly these files; empty until measured.
+        calibration: what the weights were rounded for; None, and not in the document, if for nothing.
     """
 
     format_version: int
@@ -263,6 +286,7 @@ class Manifest:
     generation: dict[str, float]
     files: tuple[FileEntry, ...]
     figures: dict[str, Any] = field(default_factory=dict)
+    calibration: Calibration | None = None
 
     def __post_init__(self) -> None:
         if self.format_version != FORMAT_VERSION:
@@ -300,7 +324,10 @@ class Manifest:
 
     def to_json(self) -> str:
         """The document, stable in its order, ending in a newline."""
-        return json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n"
+        document = dataclasses.asdict(self)
+        if self.calibration is None:
+            del document["calibration"]
+        return json.dumps(document, indent=2, ensure_ascii=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> Manifest:

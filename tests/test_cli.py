@@ -433,15 +433,103 @@ def test_export_options_reach_the_pipeline(pipeline, tmp_path):
         "export", "zai-org/AutoGLM-Phone-9B", "--int8", "-o", tmp_path / "x", "--block-size", 32,
         "--symmetric",
         "--max-image-tokens", 600, "--activations", "float16", "--accuracy-level", 0, "--revision", "abc",
-        "--resume", "--force",
+        "--resume", "--force", "--refine", "gptq", "--calibration", "prompts.jsonl",
     )  # fmt: skip
 
     assert result.exit_code == 0, result.output
     assert vars(pipeline[0]) == {
         "model": "zai-org/AutoGLM-Phone-9B", "output": tmp_path / "x", "precision": "int8", "recipe": None,
         "block_size": 32, "symmetric": True, "max_image_tokens": 600, "activations": "float16",
-        "accuracy_level": 0, "revision": "abc", "resume": True, "force": True,
+        "accuracy_level": 0, "revision": "abc", "resume": True, "force": True, "refine": "gptq",
+        "calibration": Path("prompts.jsonl"),
     }  # fmt: skip
+
+
+@pytest.fixture
+def auto(monkeypatch):
+    """The search for a recipe, replaced by one that notes what it was asked."""
+    from autoglm_edge.autorecipe import search as real
+    from autoglm_edge.export.progress import ProgressEvent
+    from autoglm_edge.quantize.recipe import PRESETS
+
+    calls = []
+    signature = inspect.signature(real.auto_recipe)
+
+    def auto_recipe(model, reference, budget_bytes, *, progress, **rest):
+        signature.bind(model, reference, budget_bytes, progress=progress, **rest)
+        progress(ProgressEvent("measure", "layer 1 at 4 bits", 0, 0))
+        calls.append(SimpleNamespace(model=model, reference=reference, budget_bytes=budget_bytes, **rest))
+        return PRESETS["int4-mixed"]
+
+    monkeypatch.setattr(real, "auto_recipe", auto_recipe)
+    return calls
+
+
+def test_a_recipe_made_by_measurement_is_what_is_exported(pipeline, auto, tmp_path):
+    result = invoke(
+        "export", "--recipe", "auto", "--budget-gb", 0.0065, "--reference", tmp_path / "ref.safetensors",
+        "--block-size", 32, "--refine", "search", "--accuracy-level", 0, "--max-image-tokens", 600,
+    )  # fmt: skip
+
+    assert result.exit_code == 0, result.output
+    (asked,) = auto
+    assert (asked.model, asked.reference) == (None, tmp_path / "ref.safetensors")
+    assert asked.budget_bytes == 6_500_000
+    assert asked.workspace == Path("pocket-auto.auto")
+    assert asked.options.max_image_tokens == 600
+    high, low = asked.options.levels
+    assert {(rule.format.block_size, rule.refine) for rule in low.rules} == {(32, "search")}
+    assert {(rule.format.block_size, rule.refine) for rule in high.rules} == {(128, "none")}
+    assert high.accuracy_level == low.accuracy_level == 0
+    (exported,) = pipeline
+    assert exported.recipe.name == "int4-mixed"
+    assert not {"block_size", "refine", "accuracy_level"} & set(vars(exported))
+    assert exported.output == Path("pocket-auto")
+    assert "layer 1 at 4 bits" in result.stderr
+    assert "Chose int4-mixed; levels and measurements are in pocket-auto.auto" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--recipe", "auto"], "--recipe auto needs --budget-gb"),
+        (["--recipe", "auto", "--budget-gb", "5"], "--recipe auto needs --reference"),
+        (["--recipe", "auto", "--reference", "r"], "--recipe auto needs --budget-gb"),
+        (["--budget-gb", "5"], "--budget-gb means something with --recipe auto only"),
+        (["--int4", "--reference", "r"], "--reference means something with --recipe auto only"),
+        (["--recipe", "int8", "--workspace", "w"], "--workspace means something with --recipe auto only"),
+        (["--recipe", "auto", "--budget-gb", "0", "--reference", "r"], "0.0 is not in the range"),
+        (["--recipe", "auto", "--budget-gb", "nan", "--reference", "r"], "must be a finite number"),
+        (["--recipe", "auto", "--budget-gb", "inf", "--reference", "r"], "must be a finite number"),
+        (["--recipe", "auto", "--budget-gb", "5", "--reference", "r", "--estimate"], "cannot be estimated"),
+        (
+            ["--recipe", "auto", "--budget-gb", "5", "--reference", "r", "--calibration", "c"],
+            "with --refine gptq only",
+        ),
+        (["--refine", "best"], "'best' is not one of 'none', 'search', 'gptq'"),
+    ],
+)
+def test_what_an_automatic_recipe_needs_and_what_means_nothing_without_it(pipeline, auto, arguments, message):
+    result = invoke("export", *arguments)
+
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert pipeline == auto == []
+
+
+def test_a_note_takes_the_place_of_the_bar_on_a_terminal_and_is_a_line_elsewhere(monkeypatch, capsys):
+    now = iter((0.0, 0.1, 1.5, 1.6))
+    line = cli_common.ProgressLine(clock=lambda: next(now))
+    for number in range(4):
+        line.note(f"layer {number}")
+    assert capsys.readouterr().err == "layer 0\nlayer 2\n"
+
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    line = cli_common.ProgressLine()
+    line.note("layer 1")
+    line.note("layer 2")
+    line.close()
+    assert capsys.readouterr().err == "\r\x1b[Klayer 1\r\x1b[Klayer 2\n"
 
 
 def test_progress_without_a_terminal_is_a_line_per_tenth(capsys):

@@ -98,7 +98,11 @@ def _same_shape(kind: Any, schema: dict[str, Any], where: str) -> None:
         hints = typing.get_type_hints(kind)
         assert schema["additionalProperties"] is False, where
         assert list(schema["properties"]) == [item.name for item in fields], where
-        optional = {item.name for item in fields if item.default_factory is not dataclasses.MISSING}
+        optional = {
+            item.name
+            for item in fields
+            if item.default is not dataclasses.MISSING or item.default_factory is not dataclasses.MISSING
+        }
         assert set(schema["required"]) == set(hints) - optional, where
         for item in fields:
             _same_shape(hints[item.name], schema["properties"][item.name], f"{where}.{item.name}")
@@ -116,6 +120,9 @@ def _same_shape(kind: Any, schema: dict[str, Any], where: str) -> None:
                 _same_shape(inner[1], sub, f"{where}.*")
     elif origin in (typing.Union, types.UnionType):
         (kind,) = [option for option in inner if option is not type(None)]
+        if dataclasses.is_dataclass(kind):  # absent rather than null
+            _same_shape(kind, schema, where)
+            return
         assert schema["type"] == [{int: "integer", str: "string"}[kind], "null"], where
     elif "const" in schema or "enum" in schema:
         assert all(type(value) is kind for value in schema.get("enum", [schema.get("const")])), where
@@ -260,3 +267,43 @@ def test_a_file_listed_twice_is_refused():
 def test_a_part_whose_file_is_not_listed_is_refused(key):
     with pytest.raises(BundleError, match=r"other\.onnx"):
         read(put(document(), ("parts", "vision", key), "other.onnx"))
+
+
+CALIBRATION = {"sha256": "a" * 64, "prompts": 3, "tokens": 8192}
+
+
+def test_a_calibration_is_read_and_written_and_its_absence_is_kept():
+    plain = read(document())
+    calibrated = read(document() | {"calibration": CALIBRATION})
+
+    assert plain.calibration is None
+    assert "calibration" not in json.loads(plain.to_json())
+    assert calibrated.calibration is not None
+    assert dataclasses.asdict(calibrated.calibration) == CALIBRATION
+    assert json.loads(calibrated.to_json())["calibration"] == CALIBRATION
+    VALIDATOR.validate(json.loads(calibrated.to_json()))
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"sha256": "a" * 63},
+        {"sha256": "A" * 64},
+        {"prompts": 0},
+        {"tokens": -1},
+        {"tokens": "8192"},
+        {"tokens": True},
+        {"colour": 1},
+    ],
+)
+def test_a_damaged_calibration_is_refused(changed):
+    damaged = document() | {"calibration": CALIBRATION | changed}
+
+    with pytest.raises(BundleError, match="calibration"):
+        read(damaged)
+    assert not VALIDATOR.is_valid(damaged)
+
+
+def test_a_calibration_without_a_key_is_refused():
+    with pytest.raises(BundleError, match="lacks the key 'tokens'"):
+        read(document() | {"calibration": {"sha256": "a" * 64, "prompts": 3}})

@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 import os
 import threading
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,9 @@ from autoglm_edge.errors import ExportError, QuantError
 from autoglm_edge.export import writer
 from autoglm_edge.export.plan import ITEM_BYTES, PartPlan, Piece, Weight, lay_out
 from autoglm_edge.export.writer import chunk_rows, in_flight_bytes, source_matrix, write_part
-from autoglm_edge.quantize.formats import BlockFormat, quantize_rows
+from autoglm_edge.quantize.formats import BlockFormat, Quantized, quantize_rows
+from autoglm_edge.quantize.gptq import TILE_ROWS
+from autoglm_edge.quantize.refine import search_rows
 
 
 class Store:
@@ -122,7 +125,7 @@ def test_a_transposed_weight_is_stored_column_by_column(
 
 @pytest.mark.parametrize("scales", ["float32", "float16"])
 @pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("shape", [(64, 96), (33, 131), (1, 1000), (200, 5)])
 def test_chunks_quantize_to_the_same_bytes_as_the_whole_tensor(
     shape: tuple[int, int], bits: int, symmetric: bool, scales: Any, tmp_path: Path
@@ -141,12 +144,12 @@ def test_chunks_quantize_to_the_same_bytes_as_the_whole_tensor(
     assert len(store.reads) > 1 or shape[0] == 1 or math.prod(shape) <= 1024
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [3, 4, 8])
 def test_a_table_is_stored_without_the_padding_of_its_last_block(bits: int, tmp_path: Path) -> None:
     values = random(60, 77)
     fmt = BlockFormat(bits, 64, False)
     weight = quantized_weight("w", 60, 77, fmt)
-    row_bytes = math.ceil(77 * bits / 8)
+    row_bytes = math.ceil(77 * fmt.field_bits / 8)
     table = replace(weight.pieces[0], shape=(60, row_bytes))
     plan = plan_of(replace(weight, pieces=(table, *weight.pieces[1:])))
 
@@ -364,3 +367,81 @@ def test_a_row_wider_than_the_budget_is_a_chunk_of_its_own() -> None:
     weight = copy_weight("w", 3, 10_000_000)
 
     assert chunk_rows(weight, 3, 10_000_000, 64) == 1
+
+
+# --- refinements
+
+
+class Quantizer:
+    """Rounds, and notes what it was asked to be ready for and the heights of the chunks."""
+
+    def __init__(self) -> None:
+        self.prepared: list[str] = []
+        self.heights: set[int] = set()
+
+    def prepare(self, weight: Weight) -> Callable[[NDArray[np.float32]], Quantized]:
+        self.prepared.append(weight.name)
+        fmt = weight.quant
+        assert fmt is not None
+
+        def round_rows(rows: NDArray[np.float32]) -> Quantized:
+            self.heights.add(len(rows))
+            return quantize_rows(rows, fmt)
+
+        return round_rows
+
+
+def test_a_quantizer_is_made_ready_once_per_weight_in_the_order_of_the_file(tmp_path: Path) -> None:
+    fmt = BlockFormat(4, 32, False)
+    plan = plan_of(
+        quantized_weight("b", 90, 64, fmt),
+        copy_weight("c", 9, 9),
+        quantized_weight("a", 90, 64, fmt),
+        quantized_weight("d", 90, 64, fmt),
+    )
+    store = Store(**{name: random(90, 64) for name in "abd"}, c=random(9, 9))
+    quantizer = Quantizer()
+
+    write_part(plan, store, tmp_path / "data", quantizer=quantizer, finished={"d_data"}, workers=3)
+
+    assert quantizer.prepared == ["b", "a"]
+    assert max(quantizer.heights) < 90
+
+
+@pytest.mark.parametrize("workers", [1, 7])
+def test_chunks_of_a_weight_refined_by_gptq_are_tiles_whatever_the_number_of_threads(
+    workers: int, tmp_path: Path
+) -> None:
+    weight = replace(quantized_weight("w", 1100, 64, BlockFormat(4, 32, False)), refine="gptq")
+    quantizer = Quantizer()
+
+    write_part(
+        plan_of(weight), Store(w=random(1100, 64)), tmp_path / "data", quantizer=quantizer, workers=workers
+    )
+
+    assert quantizer.heights == {TILE_ROWS, 1100 % TILE_ROWS}
+
+
+def test_gptq_without_a_calibration_is_refused(tmp_path: Path) -> None:
+    weight = replace(quantized_weight("w", 60, 64, BlockFormat(4, 32, False)), refine="gptq")
+
+    with pytest.raises(ExportError, match="w is to be refined by gptq, but there is no calibration set"):
+        write_part(plan_of(weight), Store(w=random(60, 64)), tmp_path / "data")
+
+
+def test_searched_weights_are_those_of_the_whole_tensor(tmp_path: Path) -> None:
+    fmt, values = BlockFormat(3, 32, False), random(133, 131)
+    plan = plan_of(replace(quantized_weight("w", 133, 131, fmt), refine="search"))
+
+    write_part(plan, Store(w=values), tmp_path / "data", workers=3)
+
+    whole = search_rows(values, fmt)
+    assert np.array_equal(read(tmp_path / "data", plan.weights[0].pieces[0]), whole.data)
+    assert np.array_equal(read(tmp_path / "data", plan.weights[0].pieces[1]), whole.scales)
+
+
+def test_a_weight_to_be_quantized_without_a_format_is_refused(tmp_path: Path) -> None:
+    weight = replace(quantized_weight("w", 60, 64, BlockFormat(4, 32, False)), quant=None)
+
+    with pytest.raises(ExportError, match="the plan for w says quantize, but names no format"):
+        write_part(plan_of(weight), Store(w=random(60, 64)), tmp_path / "data")

@@ -16,6 +16,11 @@ from optimum.commands.export.base import ExportCommand
 # Options that go on unchanged; what they mean is checked, and told, by autoglm-export.
 _VALUES = {
     "--recipe": "Preset recipe (such as int4-mixed) or recipe file (TOML) in place of a precision.",
+    "--refine": "How integers are found: none, search or gptq.",
+    "--calibration": "Prompts for gptq, JSON Lines.",
+    "--budget-gb": "With --recipe auto: most gigabytes of the bundle.",
+    "--reference": "With --recipe auto: recorded answers to measure by.",
+    "--workspace": "With --recipe auto: folder of the measurements.",
     "--block-size": "Weights that share a scale: 32, 64 or 128.",
     "--activations": "float32 or float16.",
     "--accuracy-level": "4 multiplies in 8-bit integers, 0 in floats.",

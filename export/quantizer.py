@@ -1,0 +1,83 @@
+"""How rows of a weight become integers: by plain rounding, by search, or by what its inputs are.
+
+In: a `Weight` of the plan, which names format and refinement. Out: a function on rows, ready before the first
+of them is read. Knows nothing of files and graphs, and nothing of how inputs are come by.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from functools import partial
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from autoglm_edge.errors import ExportError
+from autoglm_edge.quantize.formats import BlockFormat, Quantized, ScaleDtype, quantize_rows
+from autoglm_edge.quantize.gptq import GptqFactor, factor, gptq_rows
+from autoglm_edge.quantize.refine import search_rows
+
+from .gram import Gram
+from .plan import Weight
+
+RowsToIntegers = Callable[[NDArray[np.float32]], Quantized]
+"""Float32 rows (n, K) to integers. Rows do not depend on each other; called from several threads at once."""
+
+
+class Quantizer(Protocol):
+    """What the writer asks for integers."""
+
+    def prepare(self, weight: Weight) -> RowsToIntegers:
+        """Make ready for the rows of a weight; called once per weight, in the order of the data file.
+
+        Raises:
+            ExportError: the plan cannot be carried out, or a calibration fails.
+            QuantError: a calibration is of no use.
+        """
+        ...
+
+
+class Inputs(Protocol):
+    """What knows the inputs of matrices; `calibration.Calibration` does."""
+
+    def take(self, name: str) -> Gram:
+        """The Gram matrix of a matrix's input, once."""
+        ...
+
+
+class RecipeQuantizer:
+    """Does what the refinement of each weight says."""
+
+    def __init__(self, inputs: Inputs | None = None) -> None:
+        """`inputs` is needed for weights that are refined by gptq."""
+        self._inputs = inputs
+        self._last: tuple[weakref.ref[Gram], GptqFactor] | None = None
+
+    def prepare(self, weight: Weight) -> RowsToIntegers:
+        """See `Quantizer`."""
+        fmt, scale_dtype = _format(weight)
+        if weight.refine == "none":
+            return partial(quantize_rows, fmt=fmt, scale_dtype=scale_dtype)
+        if weight.refine == "search":
+            return partial(search_rows, fmt=fmt, scale_dtype=scale_dtype)
+        return partial(gptq_rows, fmt=fmt, factor=self._factor(weight), scale_dtype=scale_dtype)
+
+    def _factor(self, weight: Weight) -> GptqFactor:
+        if self._inputs is None:
+            raise ExportError(f"{weight.name} is to be refined by gptq, but there is no calibration set")
+        gram = self._inputs.take(weight.name)
+        if self._last is None or self._last[0]() is not gram:  # q, k and v have the same input
+            self._last = None  # not two factors at once
+            self._last = (weakref.ref(gram), factor(gram.panels))
+        return self._last[1]
+
+
+def _format(weight: Weight) -> tuple[BlockFormat, ScaleDtype]:
+    if weight.quant is None:
+        raise ExportError(f"the plan for {weight.source} says quantize, but names no format")
+    dtype = weight.pieces[1].dtype
+    if dtype == "uint8":
+        raise ExportError(f"the plan for {weight.source} stores scales as uint8; they are floats")
+    return weight.quant, dtype
