@@ -158,7 +158,7 @@ class _Recorder:
             model=checkpoint.config.source,
             revision=checkpoint.revision,
             config_sha256=checkpoint.config.config_sha256,
-            weights_sha256=_weights_sha256(checkpoint.path),
+            weights_sha256=weights_sha256(checkpoint.path),
             tokenizer_sha256=hashlib.sha256(files[FILE_NAME]).hexdigest(),
             template_sha256=hashlib.sha256(files["chat_template.jinja"]).hexdigest(),
             image=self._image,
@@ -263,7 +263,7 @@ class _Recorder:
         return Rows.join(parts)
 
 
-def _weights_sha256(folder: Path) -> str:
+def weights_sha256(folder: Path) -> str:
     """Tells two trainings of one architecture apart; reads all weights once."""
     total = hashlib.sha256()
     for path in sorted(folder.glob("*.safetensors")):

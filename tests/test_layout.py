@@ -35,8 +35,18 @@ NOT_PRODUCT = {"tests", "scripts", "benchmarks", "typings", "docs", "build", "di
 THIRD_PARTY = {
     "runtime": {"numpy", "onnxruntime", "tokenizers", "jinja2", "PIL"},
     "quantize": {"numpy"},
-    "export": {"numpy", "safetensors", "ml_dtypes", "onnx", "onnx_ir", "onnxscript", "huggingface_hub"},
+    "export": {
+        "numpy",
+        "onnxruntime",
+        "safetensors",
+        "ml_dtypes",
+        "onnx",
+        "onnx_ir",
+        "onnxscript",
+        "huggingface_hub",
+    },
     "parity": {"numpy", "safetensors", "PIL", "torch", "transformers"},
+    "autorecipe": {"numpy", "onnx_ir", "onnxruntime", "PIL"},
     "": {"click", "numpy", "PIL"},
 }
 INTERNAL = {
@@ -47,12 +57,27 @@ INTERNAL = {
         "autoglm_edge.embedded",
         "autoglm_edge.quantize",
         "autoglm_edge.runtime.bundle",
+        "autoglm_edge.runtime.image",
         "autoglm_edge.runtime.manifest",
+        "autoglm_edge.runtime.messages",
+        "autoglm_edge.runtime.prompt",
+        "autoglm_edge.runtime.questions",
+        "autoglm_edge.runtime.session",
+        "autoglm_edge.runtime.template",
+        "autoglm_edge.runtime.tokenizer",
     ),
     "parity": (
         "autoglm_edge.errors",
         "autoglm_edge.embedded",
         "autoglm_edge.export.checkpoint",
+        "autoglm_edge.runtime",
+    ),
+    "autorecipe": (
+        "autoglm_edge.errors",
+        "autoglm_edge.embedded",
+        "autoglm_edge.export",
+        "autoglm_edge.parity",
+        "autoglm_edge.quantize",
         "autoglm_edge.runtime",
     ),
     "": ("autoglm_edge",),
@@ -230,7 +255,7 @@ def test_third_party_imports_are_declared_dependencies() -> None:
         return {DISTRIBUTIONS.get(name, name).lower() for name in THIRD_PARTY[folder]}
 
     assert declared("runtime") | declared("") <= plain
-    assert declared("export") | declared("quantize") <= export
+    assert declared("export") | declared("quantize") | declared("autorecipe") <= export
     assert declared("parity") <= parity
 
 
