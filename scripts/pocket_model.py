@@ -2,10 +2,10 @@
 
 In: resized screens and packed token rows (see `pocket_rows`). Out: logits, losses, optimizers. The forward
 runs over the modules of `Glm4vForConditionalGeneration` itself, so `save_pretrained` stores what was
-trained; it only assumes that all images of a batch have one size. This module knows nothing of what the
-labels mean.
+trained; it only assumes that all images of a batch have one size and that its rows share a prefix. This
+module knows nothing of what the labels mean.
 
-Shapes: B screens, P patches, N image tokens (P / 4), L row length, C text width, V vocabulary.
+Shapes: B screens, P patches, N image tokens (P / 4), S prefix, L row length, C text width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -16,16 +16,13 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F  # noqa: N812
 from glm_tokens import EOS_TOKENS
+from pocket_pool import GRIDS, Grid
 from pocket_rows import ABSENT
 from pocket_tokenizer import TOKEN_IDS, VOCABULARY_SIZE
 from torch import Tensor, nn
 from transformers import Glm4vConfig, Glm4vForConditionalGeneration
 
 PATCH = 14
-IMAGE_HEIGHT, IMAGE_WIDTH = 364, 168
-GRID = (IMAGE_HEIGHT // PATCH, IMAGE_WIDTH // PATCH)
-CELLS = (GRID[0] // 2, GRID[1] // 2)
-NUM_CELLS = CELLS[0] * CELLS[1]
 POINTING_LAYER = 1
 READING_LAYER = 3
 
@@ -103,8 +100,9 @@ def make_model(seed: int) -> Glm4vForConditionalGeneration:
 class Watched(NamedTuple):
     """What the extra lessons of the decoder look at.
 
-    `pointing` and `reading` (B, L, L) are logarithms of the attention of the first head of `POINTING_LAYER`
-    and `READING_LAYER`; `middle` (B, L, C) is the residual stream after `POINTING_LAYER`.
+    `pointing` (B, Q, S + L) and `reading` (B, L, S + L) are logarithms of the attention of the first head of
+    `POINTING_LAYER`, from the pointers of the batch, and of `READING_LAYER`; `middle` (B, L, C) is the
+    residual stream after `POINTING_LAYER`.
     """
 
     pointing: Tensor
@@ -129,54 +127,60 @@ class PocketForward(nn.Module):
         nn.init.zeros_(self.cell_head.bias)
         self.place_head = nn.Linear(width, 4 * 10)
         self.state_head = nn.Linear(width, 3)
-        rows, columns = torch.meshgrid(torch.arange(GRID[0]), torch.arange(GRID[1]), indexing="ij")
-        rows, columns = (_block_major(grid) for grid in (rows, columns))  # (P,)
-        table = self._position_weights(rows, columns)
-        visual = model.model.visual
-        cos, sin = visual.rotary_pos_emb(torch.zeros(1), torch.stack((rows, columns), -1))
         mean = torch.tensor([0.48145466, 0.4578275, 0.40821073]) * 255
         std = torch.tensor([0.26862954, 0.26130258, 0.27577711]) * 255
-        for name, value in {"table": table, "cos": cos, "sin": sin, "mean": mean, "std": std}.items():
+        for name, value in {"mean": mean, "std": std}.items():
             self.register_buffer(f"_{name}", value, persistent=False)
+        self._places = {grid.pixels: self._places_of(grid) for grid in GRIDS}
 
-    def _position_weights(self, rows: Tensor, columns: Tensor) -> Tensor:
-        """Bicubic weights that take the learned position table to this grid; (P, table entries)."""
-        embeddings = self.model.model.visual.embeddings
-        side = round(embeddings.num_positions**0.5)
+    def _places_of(self, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
+        """Where patches are: weights that take the table to a grid (P, table), cosines and sines (P, D)."""
+        model = self.model.model.visual
+        height, width = 2 * grid.rows, 2 * grid.columns
+        rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+        rows, columns = (
+            part.reshape(grid.rows, 2, grid.columns, 2).transpose(1, 2).flatten() for part in (rows, columns)
+        )
+        side = round(model.embeddings.num_positions**0.5)
         unit = torch.eye(side * side).view(1, side * side, side, side)
-        grid = torch.stack(((columns + 0.5) / GRID[1], (rows + 0.5) / GRID[0]), -1) * 2 - 1
-        sampled = F.grid_sample(unit, grid[None, :, None], "bicubic", "border", align_corners=False)
-        return sampled[0, :, :, 0].T.contiguous()
+        points = torch.stack(((columns + 0.5) / width, (rows + 0.5) / height), -1) * 2 - 1
+        sampled = F.grid_sample(unit, points[None, :, None], "bicubic", "border", align_corners=False)
+        cos, sin = model.rotary_pos_emb(torch.zeros(1), torch.stack((rows, columns), -1))
+        return sampled[0, :, :, 0].T.contiguous(), cos, sin
 
     def patches(self, pixels: Tensor) -> Tensor:
-        """Normalised block-major patches of one frame: (B, 364, 168, 3) uint8 to (B, P, 588)."""
+        """Normalised block-major patches of one frame: (B, H, W, 3) uint8 to (B, P, 588)."""
         image = (pixels.float() - self._mean) / self._std
-        batch = image.view(-1, CELLS[0], 2, PATCH, CELLS[1], 2, PATCH, 3)
-        return batch.permute(0, 1, 4, 2, 5, 7, 3, 6).reshape(len(image), GRID[0] * GRID[1], 3 * PATCH * PATCH)
+        rows, columns = image.shape[1] // (2 * PATCH), image.shape[2] // (2 * PATCH)
+        batch = image.view(-1, rows, 2, PATCH, columns, 2, PATCH, 3)
+        return batch.permute(0, 1, 4, 2, 5, 7, 3, 6).reshape(
+            len(image), 4 * rows * columns, 3 * PATCH * PATCH
+        )
 
     def see(self, pixels: Tensor) -> Tensor:
-        """Image tokens of a batch of screens: (B, 364, 168, 3) uint8 to (B, N, C)."""
+        """Image tokens of a batch of screens: (B, H, W, 3) uint8 to (B, N, C)."""
         visual = self.model.model.visual
+        table, cos, sin = self._places[tuple(pixels.shape[1:3])]
         weight = visual.patch_embed.proj.weight.sum(2).flatten(1)
         x = F.linear(self.patches(pixels), weight, visual.patch_embed.proj.bias)  # (B, P, vision width)
         x = _rms(x, visual.post_conv_layernorm)
-        x = x + self._table @ visual.embeddings.position_embedding.weight
+        x = x + table @ visual.embeddings.position_embedding.weight
         for block in visual.blocks:
-            x = x + self._vision_attention(_rms(x, block.norm1), block.attn)
+            x = x + self._vision_attention(_rms(x, block.norm1), block.attn, cos, sin)
             y = _rms(x, block.norm2)
             x = x + block.mlp.down_proj(F.silu(block.mlp.gate_proj(y)) * block.mlp.up_proj(y))
         x = _rms(x, visual.post_layernorm)
         down = visual.downsample.weight.permute(0, 2, 3, 1).flatten(1)
-        x = F.linear(x.reshape(len(x), NUM_CELLS, -1), down, visual.downsample.bias)  # (B, N, C)
+        x = F.linear(x.reshape(len(x), x.shape[1] // 4, -1), down, visual.downsample.bias)  # (B, N, C)
         merger = visual.merger
         x = F.gelu(merger.post_projection_norm(merger.proj(x)))
         return merger.down_proj(F.silu(merger.gate_proj(x)) * merger.up_proj(x))
 
-    def _vision_attention(self, x: Tensor, attention: nn.Module) -> Tensor:
+    def _vision_attention(self, x: Tensor, attention: nn.Module, cos: Tensor, sin: Tensor) -> Tensor:
         batch, patches, width = x.shape
         qkv = attention.qkv(x).view(batch, patches, 3, attention.num_heads, attention.head_dim)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, P, D)
-        cos, sin = self._cos.to(x.dtype), self._sin.to(x.dtype)
+        cos, sin = cos.to(x.dtype), sin.to(x.dtype)
         q, k = (
             part * cos + torch.cat((-part.chunk(2, -1)[1], part.chunk(2, -1)[0]), -1) * sin for part in (q, k)
         )
@@ -185,39 +189,41 @@ class PocketForward(nn.Module):
         return attention.proj(mixed.transpose(1, 2).reshape(batch, patches, width))
 
     def read(
-        self, embeds: Tensor, positions: Tensor, mask: Tensor, watch: bool = False
+        self, batch: dict[str, Tensor], image: Tensor, watch: bool = False
     ) -> tuple[Tensor, Watched | None]:
-        """Decoder over packed rows.
+        """Decoder over packed rows behind a prefix that all of them share, and that is computed once.
 
         Args:
-            embeds: (B, L, C) text embeddings with image tokens in place.
-            positions: (B, 3, L).
-            mask: (B, 1, L, L), true where a token may look.
+            batch: `prefix` (S,), `ids` (B, L), `positions` (B, 3, L), `segments` (B, L), `image_start` (B,),
+                and `pointers` (B, Q, 2) if watched.
+            image: (B, N, C) image tokens.
             watch: whether to return what the extra lessons need.
 
         Returns:
-            Final hidden states (B, L, C), normalised; and what was watched.
+            Final hidden states of the rows (B, L, C), normalised; and what was watched.
         """
         text = self.model.model.language_model
-        cos, sin = text.rotary_emb(embeds, positions.transpose(0, 1))  # (B, L, rotary dims)
-        cos, sin = cos[:, None], sin[:, None]
-        x, paid, middle = embeds, {}, embeds
+        shared = text.embed_tokens(batch["prefix"])[None]  # (1, S, C)
+        x = self.embed(batch["ids"], image, batch["image_start"])
+        first = torch.arange(shared.shape[1])[None, None].expand(3, 1, -1)
+        turns = _turns(text, shared, first), _turns(text, x, batch["positions"].transpose(0, 1))
+        mask = row_mask(batch["segments"], shared.shape[1])
+        paid, middle = {}, x
         for index, layer in enumerate(text.layers):
             attention = layer.self_attn
-            y = _rms(x, layer.input_layernorm)
-            q = _heads(attention.q_proj(y), attention.num_heads)  # (B, H, L, D)
-            k = _heads(attention.k_proj(y), attention.num_key_value_heads)  # (B, K, L, D)
-            v = _heads(attention.v_proj(y), attention.num_key_value_heads)
-            q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
+            shared_q, *kept = _project(attention, _rms(shared, layer.input_layernorm), turns[0])
+            q, *own = _project(attention, _rms(x, layer.input_layernorm), turns[1])
+            k, v = (torch.cat((a.expand(len(x), -1, -1, -1), b), 2) for a, b in zip(kept, own, strict=True))
             if watch and index in (POINTING_LAYER, READING_LAYER):
-                scores = (q[:, 0].float() * attention.scaling) @ k[:, 0].float().transpose(1, 2)
-                paid[index] = scores.masked_fill(~mask[:, 0], -1e9).log_softmax(-1)
-            k, v = (part.repeat_interleave(attention.num_key_value_groups, 1) for part in (k, v))
-            mixed = F.scaled_dot_product_attention(q, k, v.to(q.dtype), mask)
-            x = x + _rms(attention.o_proj(mixed.transpose(1, 2).flatten(2)), layer.post_self_attn_layernorm)
-            y = _rms(x, layer.post_attention_layernorm)
-            gate, up = layer.mlp.gate_up_proj(y).chunk(2, -1)
-            x = x + _rms(layer.mlp.down_proj(up * F.silu(gate)), layer.post_mlp_layernorm)
+                looking = q[:, 0]
+                seen = mask[:, 0]
+                if index == POINTING_LAYER:
+                    looking, seen = (_at(part, batch["pointers"][..., 0]) for part in (looking, seen))
+                scores = (looking.float() * attention.scaling) @ k[:, 0].float().transpose(1, 2)
+                paid[index] = scores.masked_fill(~seen, -1e9).log_softmax(-1)
+            if index < len(text.layers) - 1:
+                shared = _after(layer, shared, _attend(attention, shared_q, *kept, None))
+            x = _after(layer, x, _attend(attention, q, k, v, mask))
             if index == POINTING_LAYER:
                 middle = x
         watched = Watched(paid[POINTING_LAYER], paid[READING_LAYER], middle) if watch else None
@@ -226,13 +232,8 @@ class PocketForward(nn.Module):
     def embed(self, ids: Tensor, image: Tensor, image_start: Tensor) -> Tensor:
         """Embeddings (B, L, C) of ids (B, L), image tokens (B, N, C) written from `image_start` (B,) on."""
         embeds = self.model.model.language_model.embed_tokens(ids)
-        places = (image_start[:, None] + torch.arange(NUM_CELLS))[..., None].expand_as(image)
+        places = (image_start[:, None] + torch.arange(image.shape[1]))[..., None].expand_as(image)
         return embeds.scatter(1, places, image.to(embeds.dtype))
-
-    def decoder_inputs(self, batch: dict[str, Tensor], image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The three inputs of `read` for a packed batch."""
-        embeds = self.embed(batch["ids"], image, batch["image_start"])
-        return embeds, batch["positions"], row_mask(batch["segments"])
 
     def logits(self, batch: dict[str, Tensor], answers_only: bool = True) -> tuple[Tensor, Tensor]:
         """Logits of a packed batch and its image tokens.
@@ -241,7 +242,7 @@ class PocketForward(nn.Module):
             (answer tokens, V) in row order, or (B, L, V) without `answers_only`; and (B, N, C).
         """
         image = self.see(batch["pixels"])
-        hidden, _ = self.read(*self.decoder_inputs(batch, image))
+        hidden, _ = self.read(batch, image)
         if answers_only:
             hidden = hidden[batch["labels"] >= 0]
         return self.model.lm_head(hidden), image
@@ -316,9 +317,9 @@ def pointing_loss(watched: Watched, batch: dict[str, Tensor], with_absent: bool)
     With `with_absent` it goes to the very first token when nothing shows it.
     """
     wanted, asked = find_targets(batch)
-    pointers = batch["pointers"][..., :1].clamp(min=0)
-    places = batch["image_start"][:, None] + torch.arange(NUM_CELLS)
-    paid = watched.pointing.gather(1, pointers.expand(-1, -1, watched.pointing.shape[-1]))  # (B, Q, L)
+    first = len(batch["prefix"]) + batch["image_start"]
+    places = first[:, None] + torch.arange(batch["cells"].shape[1])
+    paid = watched.pointing
     to_image = paid.gather(2, places[:, None].expand(-1, paid.shape[1], -1))
     reached = to_image.masked_fill(~wanted, -1e9).logsumexp(-1)
     if with_absent:
@@ -330,22 +331,56 @@ def pointing_loss(watched: Watched, batch: dict[str, Tensor], with_absent: bool)
 def reading_loss(watched: Watched, batch: dict[str, Tensor]) -> Tensor:
     """Ask that the tokens before the digits of a point attend to the label in the thought."""
     sources = batch["sources"]
-    paid = watched.reading.gather(2, sources.clamp(min=0)[..., None])[..., 0]
+    keys = sources.clamp(min=0) + len(batch["prefix"])
+    paid = watched.reading.gather(2, keys[..., None])[..., 0]
     asked = sources >= 0
     return -(paid * asked).sum() / asked.sum().clamp(min=1)
 
 
-def row_mask(segments: Tensor) -> Tensor:
-    """Who sees whom in packed rows: (B, L) segments to (B, 1, L, L) bool."""
-    length = segments.shape[1]
+def row_mask(segments: Tensor, prefix: int) -> Tensor:
+    """Who sees whom in packed rows behind a prefix: (B, L) segments to (B, 1, L, S + L) bool."""
+    count, length = segments.shape
     causal = torch.ones(length, length, dtype=torch.bool).tril()
     same = segments[:, :, None] == segments[:, None, :]
-    prefix = (segments == 0)[:, None, :]
-    return ((same | prefix) & causal)[:, None]
+    head = (segments == 0)[:, None, :]
+    shared = torch.ones(count, length, prefix, dtype=torch.bool)
+    return torch.cat((shared, (same | head) & causal), -1)[:, None]
 
 
-def _block_major(grid: Tensor) -> Tensor:
-    return grid.view(CELLS[0], 2, CELLS[1], 2).transpose(1, 2).flatten()
+def _turns(text: nn.Module, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines (B, 1, L, rotary dims) of positions (3, B, L)."""
+    cos, sin = text.rotary_emb(x, positions)
+    return cos[:, None], sin[:, None]
+
+
+def _project(attention: nn.Module, y: Tensor, turns: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries (B, H, L, D), keys and values (B, K, L, D), rotated."""
+    q = _heads(attention.q_proj(y), attention.num_heads)
+    k = _heads(attention.k_proj(y), attention.num_key_value_heads)
+    v = _heads(attention.v_proj(y), attention.num_key_value_heads)
+    q, k = _rotate(q, *turns), _rotate(k, *turns)
+    return q, k, v.to(q.dtype)
+
+
+def _attend(attention: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Mixed values, projected: (B, L, C). Without a mask it is causal."""
+    k, v = (part.repeat_interleave(attention.num_key_value_groups, 1) for part in (k, v))
+    mixed = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None)
+    return attention.o_proj(mixed.transpose(1, 2).flatten(2))
+
+
+def _after(layer: nn.Module, x: Tensor, mixed: Tensor) -> Tensor:
+    """The rest of a layer behind its attention."""
+    x = x + _rms(mixed, layer.post_self_attn_layernorm)
+    y = _rms(x, layer.post_attention_layernorm)
+    gate, up = layer.mlp.gate_up_proj(y).chunk(2, -1)
+    return x + _rms(layer.mlp.down_proj(up * F.silu(gate)), layer.post_mlp_layernorm)
+
+
+def _at(values: Tensor, places: Tensor) -> Tensor:
+    """Rows of (B, L, X) at places (B, Q): (B, Q, X); negative places give any row."""
+    index = places.clamp(min=0)[..., None].expand(-1, -1, values.shape[-1])
+    return values.gather(1, index)
 
 
 def _rms(x: Tensor, norm: nn.Module) -> Tensor:

@@ -1,17 +1,17 @@
 """Instructions about a synthetic screen and the answers an Open-AutoGLM agent would expect.
 
-In: the elements of a `pocket_screens.Screen` and a seeded `random.Random`. Out: `Question` records, Chinese
-or English, whose answer is `<think>…</think><answer>do(…)</answer>` or `…finish(…)</answer>`. Points are on
-the 0-999 scale of the client, rounded to tens and never below 100, so each number has three digits and no
-leading zero (the client reads them as Python). This module knows nothing of pixels or tokens.
+In: the elements of a `pocket_screens.Screen`, a `Manner` of asking and a seeded `random.Random`. Out:
+`Question` records, Chinese or English, whose answer is `<think>…</think><answer>do(…)</answer>` or
+`…finish(…)</answer>`. Points are on the 0-999 scale of the client, rounded to tens and never below 100, so
+each number has three digits and no leading zero (the client reads them as Python).
+This module knows nothing of pixels or tokens.
 """
 
 from __future__ import annotations
 
-import json
 import random
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from pocket_screens import Element, Screen
@@ -25,8 +25,8 @@ from pocket_vocabulary import (
     PLAIN_ROWS,
     SWITCH_ROWS,
     TITLES,
-    TYPED_TEXTS,
 )
+from pocket_wordings import Pair, Wording, pick, polish, strew
 
 Box = tuple[int, int, int, int]
 Point = tuple[int, int]
@@ -38,37 +38,6 @@ SWIPES: dict[str, tuple[str, Point, Point]] = {
     "right": ("右", (200, 500), (800, 500)),
 }
 
-# What a person may call a thing of each kind; {} is the label in the same language.
-TAP_PHRASES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "app": (
-        ("打开{}", "打开{}", "打开{}应用", "点击{}图标", "点开{}", "进入{}"),
-        ("Open {}", "Open {}", "Open the {} app", "Tap {}", "Tap the {} icon", "Go to {}"),
-    ),
-    "row": (
-        ("点击{}", "进入{}", "打开{}设置", "进入{}选项"),
-        ("Tap {}", "Go to {}", "Open the {} settings", "Select the {} row"),
-    ),
-    "button": (
-        ("点击{}", "点击{}按钮", "按{}", "选择{}"),
-        ("Tap {}", "Press {}", "Tap the {} button", "Choose {}"),
-    ),
-    "field": (
-        ("点击{}", "点击{}输入框", "选中{}输入框", "点击{}一栏"),
-        ("Tap {}", "Tap the {} field", "Select the {} field", "Focus the {} box"),
-    ),
-    "person": (
-        ("点击{}", "打开与{}的聊天", "进入{}的对话"),
-        ("Tap {}", "Open the chat with {}", "Go to the chat with {}"),
-    ),
-    "icon": (
-        ("点击{}", "点击{}图标", "点击{}按钮"),
-        ("Tap {}", "Tap the {} icon", "Tap the {} button"),
-    ),
-}
-OTHER_TAPS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "Long Press": (("长按{}", "按住{}"), ("Long press {}", "Press and hold {}")),
-    "Double Tap": (("双击{}", "连点两下{}"), ("Double tap {}", "Tap {} twice")),
-}
 KIND_LABELS: dict[str, tuple[str, ...]] = {
     "app": tuple(APPS),
     "row": (*SWITCH_ROWS, *PLAIN_ROWS),
@@ -135,7 +104,35 @@ def finish(message: str) -> str:
     return f'finish(message="{message}")'
 
 
-def ask(screen: Screen, rng: random.Random) -> Question:
+@dataclass(frozen=True)
+class Manner:
+    """How questions are asked.
+
+    Attributes:
+        wording: templates.
+        typed: gives a text to be typed, in a language.
+        remark: gives a sentence beside the point, or None for none.
+        noise: gives words without meaning, which are strewn into templates, or None for none.
+    """
+
+    wording: Wording
+    typed: Callable[[random.Random, str], str]
+    remark: Callable[[random.Random, str], str] | None = None
+    noise: Callable[[random.Random, str], str] | None = None
+
+    def pick(self, pair: Pair, rng: random.Random, *, anywhere: bool = True) -> tuple[str, str]:
+        """A template and its language; with noise at its beginning, or, unless not `anywhere`, in it, too."""
+        template, language = pick(pair, rng)
+        if self.noise is not None and rng.random() < 0.3:
+            template = strew(template, language, self.noise, rng, anywhere)
+        return template, language
+
+    def polish(self, text: str, language: str, rng: random.Random) -> str:
+        """The text with politeness and punctuation around it."""
+        return polish(text, language, self.wording, rng, self.remark)
+
+
+def ask(screen: Screen, rng: random.Random, manner: Manner) -> Question:
     """Draw one question about a screen.
 
     On a screen with switches 35 % of the questions are about one. Of the rest 16 % need no picture, 9 % name
@@ -144,39 +141,21 @@ def ask(screen: Screen, rng: random.Random) -> Question:
     """
     has_switches = any(element.switch is not None for element in screen.elements)
     if has_switches and rng.random() < 0.35:
-        return ask_toggle(screen, rng) or _tap(screen, rng)
+        return ask_toggle(screen, rng, manner) or _tap(screen, rng, manner)
     draw = rng.random()
     if draw < 0.16:
-        return _blind(screen, rng)
+        return ask_blind(rng, manner)
     if draw < 0.25:
-        return _absent(screen, rng)
+        return _absent(screen, rng, manner)
     if draw < 0.30:
-        return _title(screen, rng) or _tap(screen, rng)
-    return _tap(screen, rng)
-
-
-def ask_toggle(screen: Screen, rng: random.Random) -> Question | None:
-    """Draw a question about a switch, or None on a screen without one."""
-    return _toggle(screen, rng)
+        return _title(screen, rng, manner) or _tap(screen, rng, manner)
+    return _tap(screen, rng, manner)
 
 
 def ask_tap(screen: Screen, label: str, language: str, template: str = "{}") -> Question:
     """The question that asks to tap a given label with a given wording; used for fixed examples."""
     element = next(element for element in screen.elements if element.label == label)
     return _touch_question(screen, element, "Tap", template.format(_name(label, language)))
-
-
-def with_current_app(text: str, app: str) -> str:
-    """Append the screen facts as Open-AutoGLM does on the first turn."""
-    return f"{text}\n\n{json.dumps({'current_app': app}, ensure_ascii=False)}"
-
-
-def decorate(text: str, rng: random.Random) -> str:
-    """Text part of a user turn as clients send it: some with screen facts, some a line below the image."""
-    if rng.random() < 0.3:
-        app = rng.choice(("System Home", rng.choice(list(APPS)), APPS[rng.choice(list(APPS))].chinese))
-        text = with_current_app(text, app)
-    return "\n" + text if rng.random() < 0.2 else text
 
 
 ACTION = re.compile(r'(?:do\(action="([^"]+)"|(finish)\(message=)')
@@ -204,53 +183,42 @@ def _name(label: str, language: str) -> str:
     return CHINESE[label] if language == "zh" else label
 
 
-def _pick(phrases: tuple[Sequence[str], Sequence[str]], rng: random.Random) -> tuple[str, str]:
-    language = rng.choice(("zh", "en"))
-    return rng.choice(phrases[0] if language == "zh" else phrases[1]), language
-
-
-def _polish(text: str, language: str, rng: random.Random) -> str:
-    """Vary politeness, final punctuation and capitals."""
-    draw = rng.random()
-    if language == "zh":
-        text = f"请{text}" if draw < 0.12 else f"帮我{text}" if draw < 0.2 else text
-        return text + "。" if rng.random() < 0.12 else text
-    lowered = text[0].lower() + text[1:]
-    text = f"Please {lowered}" if draw < 0.12 else f"Can you {lowered}?" if draw < 0.2 else text
-    if rng.random() < 0.12 and not text.endswith("?"):
-        text += "."
-    return text.lower() if rng.random() < 0.1 else text
-
-
 def _touch_question(screen: Screen, element: Element, action: str, text: str) -> Question:
     box = box_of(element, screen)
     return Question("tap", text, element.label, touch(action, point_of(box)), box, element.label)
 
 
-def _tap(screen: Screen, rng: random.Random) -> Question:
+def _tap(screen: Screen, rng: random.Random, manner: Manner) -> Question:
     element = rng.choice([element for element in screen.elements if element.kind != "title"])
     draw = rng.random()
     action = "Tap" if draw < 0.84 else "Long Press" if draw < 0.92 else "Double Tap"
-    phrases = TAP_PHRASES[element.kind] if action == "Tap" else OTHER_TAPS[action]
-    phrase, language = _pick(phrases, rng)
-    text = _polish(phrase.format(_name(element.label, language)), language, rng)
+    wording = manner.wording
+    phrase, language = manner.pick(
+        wording.touch[element.kind] if action == "Tap" else wording.other_touch[action], rng
+    )
+    if action == "Tap" and manner.noise is not None and rng.random() < 0.12:
+        # Whatever is said of a thing, without another verb that is known, asks for a tap.
+        phrase = strew("{}", language, manner.noise, rng)
+    text = manner.polish(phrase.format(_name(element.label, language)), language, rng)
     return _touch_question(screen, element, action, text)
 
 
-def _absent(screen: Screen, rng: random.Random) -> Question:
+def _absent(screen: Screen, rng: random.Random, manner: Manner) -> Question:
+    touches = manner.wording.touch
     kinds = {element.kind for element in screen.elements} - {"title"}
-    kind = rng.choice(sorted(kinds)) if rng.random() < 0.7 else rng.choice(list(TAP_PHRASES))
+    kind = rng.choice(sorted(kinds)) if rng.random() < 0.7 else rng.choice(list(touches))
     shown = {element.label for element in screen.elements}
     missing = [label for label in KIND_LABELS[kind] if label not in shown]
     if not missing:
-        return _tap(screen, rng)
+        return _tap(screen, rng, manner)
     label = rng.choice(missing)
-    phrase, language = _pick(TAP_PHRASES[kind], rng)
-    text = _polish(phrase.format(_name(label, language)), language, rng)
+    phrase, language = manner.pick(touches[kind], rng)
+    text = manner.polish(phrase.format(_name(label, language)), language, rng)
     return Question("absent", text, f"{label} is not here", swipe("up"), target=label)
 
 
-def _toggle(screen: Screen, rng: random.Random) -> Question | None:
+def ask_toggle(screen: Screen, rng: random.Random, manner: Manner) -> Question | None:
+    """Draw a question about a switch, or None on a screen without one."""
     switches = [element for element in screen.elements if element.switch is not None]
     if not switches:
         return None
@@ -261,19 +229,14 @@ def _toggle(screen: Screen, rng: random.Random) -> Question | None:
     chinese = CHINESE[element.label]
     draw = rng.random()
     if draw < 0.25:
-        phrase, language = _pick((("{}开着吗？", "{}是否开启"), ("Is {} on?", "Check whether {} is on")), rng)
+        phrase, language = manner.pick(manner.wording.state, rng)
         text = phrase.format(_name(element.label, language))
         zh_state = "已开启" if is_on else "未开启"
         message = f"{chinese}{zh_state}" if language == "zh" else f"{element.label} is {state}"
         return Question("toggle", text, think, finish(message), target=element.label)
     wants_on = draw < 0.625
-    phrases = (
-        (("打开{}", "开启{}"), ("Turn on {}", "Enable {}", "Switch {} on"))
-        if wants_on
-        else (("关闭{}", "关掉{}"), ("Turn off {}", "Disable {}", "Switch {} off"))
-    )
-    phrase, language = _pick(phrases, rng)
-    text = _polish(phrase.format(_name(element.label, language)), language, rng)
+    phrase, language = manner.pick(manner.wording.turn_on if wants_on else manner.wording.turn_off, rng)
+    text = manner.polish(phrase.format(_name(element.label, language)), language, rng)
     if wants_on == is_on:
         message = (
             f"{chinese}{'已开启' if is_on else '已关闭'}"
@@ -286,78 +249,52 @@ def _toggle(screen: Screen, rng: random.Random) -> Question | None:
     return Question("toggle", text, think, touch("Tap", point_of(box)), box, element.label)
 
 
-def _title(screen: Screen, rng: random.Random) -> Question | None:
+def _title(screen: Screen, rng: random.Random, manner: Manner) -> Question | None:
     titles = [element.label for element in screen.elements if element.kind == "title"]
     if not titles:
         return None
-    phrase, _ = _pick(
-        (
-            ("这个页面的标题是什么？", "页面标题是什么"),
-            ("What is the title of this page?", "Read the page title"),
-        ),
-        rng,
-    )
+    phrase, _ = manner.pick(manner.wording.title, rng)
     return Question("title", phrase, "The title", finish(titles[0]))
 
 
-def _swipe_question(rng: random.Random) -> Question:
-    direction = rng.choice(list(SWIPES))
-    phrase, language = _pick((("向{}滑动", "往{}滑一下"), ("Swipe {}", "Swipe {} once")), rng)
-    text = _polish(phrase.format(SWIPES[direction][0] if language == "zh" else direction), language, rng)
-    return Question("blind", text, f"Swipe {direction}", swipe(direction))
-
-
-def _type_question(rng: random.Random) -> Question:
-    typed = rng.choice(TYPED_TEXTS)
-    phrase, _ = _pick((("输入{}", "在输入框里输入{}"), ("Type {}", "Enter the text {}")), rng)
-    return Question("blind", phrase.format(typed), "Type", f'do(action="Type", text="{typed}")')
-
-
-def _launch_question(rng: random.Random) -> Question:
-    label = rng.choice(list(APPS))
-    phrase, language = _pick((("启动{}", "启动{}应用"), ("Launch {}", "Launch the {} app")), rng)
-    name = _name(label, language)
-    return Question(
-        "blind", _polish(phrase.format(name), language, rng), "Launch", f'do(action="Launch", app="{name}")'
+def ask_blind(rng: random.Random, manner: Manner) -> Question:
+    """Draw a question whose answer does not depend on the picture."""
+    return rng.choice((_swipe_question, _type_question, _launch_question, *[_fixed_question] * 4))(
+        rng, manner
     )
 
 
-def _fixed_question(
-    think: str, action: str, chinese: tuple[str, ...], english: tuple[str, ...]
-) -> Callable[[random.Random], Question]:
-    def build(rng: random.Random) -> Question:
-        phrase, language = _pick((chinese, english), rng)
-        return Question("blind", _polish(phrase, language, rng), think, action)
-
-    return build
+def _swipe_question(rng: random.Random, manner: Manner) -> Question:
+    direction = rng.choice(list(SWIPES))
+    phrase, language = manner.pick(manner.wording.swipe, rng)
+    text = phrase.format(SWIPES[direction][0] if language == "zh" else direction)
+    return Question("blind", manner.polish(text, language, rng), f"Swipe {direction}", swipe(direction))
 
 
-BLIND: tuple[Callable[[random.Random], Question], ...] = (
-    _swipe_question,
-    _type_question,
-    _launch_question,
-    _fixed_question(
-        "Back",
-        'do(action="Back")',
-        ("返回", "返回上一页", "后退"),
-        ("Go back", "Return to the previous page"),
-    ),
-    _fixed_question(
-        "Home", 'do(action="Home")', ("回到桌面", "返回主屏幕"), ("Go to the home screen", "Return home")
-    ),
-    _fixed_question(
-        "Wait",
-        'do(action="Wait", duration="2 seconds")',
-        ("等待两秒", "等待页面加载"),
-        ("Wait two seconds", "Wait for the page"),
-    ),
-    _fixed_question(
-        "Done", finish("Done"), ("结束任务", "任务完成了"), ("Finish the task", "The task is done")
-    ),
-)
-"""Questions whose answer does not depend on the picture."""
+def _type_question(rng: random.Random, manner: Manner) -> Question:
+    phrase, language = manner.pick(manner.wording.type, rng, anywhere=False)
+    typed = manner.typed(rng, language)
+    return Question("blind", phrase.format(typed), "Type", f'do(action="Type", text="{typed}")')
 
 
-def _blind(screen: Screen, rng: random.Random) -> Question:
-    del screen
-    return rng.choice(BLIND)(rng)
+def _launch_question(rng: random.Random, manner: Manner) -> Question:
+    label = rng.choice(list(APPS))
+    phrase, language = manner.pick(manner.wording.launch, rng)
+    name = _name(label, language)
+    text = manner.polish(phrase.format(name), language, rng)
+    return Question("blind", text, "Launch", f'do(action="Launch", app="{name}")')
+
+
+def _fixed_question(rng: random.Random, manner: Manner) -> Question:
+    action = rng.choice(list(FIXED))
+    phrase, language = manner.pick(manner.wording.fixed[action], rng)
+    return Question("blind", manner.polish(phrase, language, rng), *FIXED[action])
+
+
+FIXED: dict[str, tuple[str, str]] = {
+    "Back": ("Back", 'do(action="Back")'),
+    "Home": ("Home", 'do(action="Home")'),
+    "Wait": ("Wait", 'do(action="Wait", duration="2 seconds")'),
+    "finish": ("Done", finish("Done")),
+}
+"""Thought and action of instructions that are always answered alike."""

@@ -13,11 +13,14 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from glm_tokens import ADDED_TOKENS, PLAIN_TOKENS, SPECIAL_TOKENS
+from pocket_systems import common_characters
 from pocket_vocabulary import CHINESE, LABELS, PEOPLE
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-VOCABULARY_SIZE = 1536
+VOCABULARY_SIZE = 6144
+CHARACTER_WEIGHT = 40
+"""How often each common Chinese character is shown, so that it becomes one token."""
 BPE_SIZE = VOCABULARY_SIZE - len(ADDED_TOKENS)
 TOKEN_IDS: dict[str, int] = {token: BPE_SIZE + index for index, token in enumerate(ADDED_TOKENS)}
 
@@ -66,10 +69,10 @@ IMAGE_PROCESSOR: dict[str, object] = {
     "processor_class": "Glm4vProcessor",
     "resample": 3,
     "rescale_factor": 1 / 255,
-    "size": {"longest_edge": 127008, "shortest_edge": 12544},
+    "size": {"longest_edge": 225792, "shortest_edge": 12544},
     "temporal_patch_size": 2,
 }
-"""preprocessor_config.json; the budget counts a still twice, so a tall phone becomes 168 x 364 pixels."""
+"""preprocessor_config.json; the budget counts a still twice, so a tall phone becomes 224 x 476 pixels."""
 
 
 def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
@@ -84,7 +87,10 @@ def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=BPE_SIZE, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=BPE_SIZE,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        max_token_length=18,
+        show_progress=False,
     )
     tokenizer.train_from_iterator(_filled(texts), trainer)
     missing = BPE_SIZE - tokenizer.get_vocab_size()
@@ -106,27 +112,6 @@ def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     return fast
 
 
-# Ordinary words, so that text outside the pocket world splits into more than bytes.
-_COMMON = """
-You are an agent that operates a phone step by step. Look at the screenshot, think about what the \
-user wants, and
-write exactly one action. The screen uses coordinates from 0 to 999; the top left corner is (0,0). \
-If the page has
-not loaded, wait. If nothing matches, swipe to find it. When the task is complete, finish with a \
-message. Always
-check whether the current app is right, and go back when it is not. Do not ask the user for help \
-unless there is a
-login or a verification code. Repeat the last action when it had no effect. Read the result before you go on.
-The date today is Monday, Tuesday, Wednesday, Thursday, Friday, Saturday or Sunday. Type text into \
-a field after you
-have tapped it. Enter the search words, choose the first item in the list, add it to the cart and pay. Thanks.
-你是一个智能手机助手，可以根据操作历史和当前的屏幕截图执行一系列操作来完成任务。请先思考，然后给出下一步的动作。
-坐标从左上角开始，到右下角结束。如果页面没有加载出来，就等待一下。如果找不到目标，可以滑动屏幕继续查找。
-在执行下一步之前，请检查上一步操作是否生效。完成任务后说明结果。今天的日期是星期一。用户要求搜索商品、查看订单、
-发送消息、选择时间、添加到购物车、登录账号、输入验证码、播放音乐、导航到地点、预订酒店和火车票。
-"""
-
-
 # Chinese has no spaces, so merges would glue a verb to its object; learning from pieces keeps them apart.
 _PIECES = re.compile(
     "|".join(["请", "帮我", *sorted(set(CHINESE.values()) - set(PEOPLE), key=lambda name: -len(name))])
@@ -138,7 +123,8 @@ def _filled(texts: Iterable[str]) -> Iterator[str]:
         yield _PIECES.sub("\n\\g<0>\n", text)
     for label in LABELS:
         yield from (label, f" {label}", f" {label.lower()}", CHINESE[label]) * 400
-    yield from _COMMON.split("\n") * 4
+    for character in common_characters():
+        yield from (character,) * CHARACTER_WEIGHT
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:

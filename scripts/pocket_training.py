@@ -1,10 +1,10 @@
-"""The two training stages of the pocket model.
+"""The training of the pocket model: a list of cycles, each with its lessons.
 
-In: a drawn `Pool`, a tokenizer and a `Recipe`. Out: weights in a work folder. Stage one teaches the vision
-tower alone to name and place what it sees; stage two trains everything on packed questions. Work is shared
-by processes of one thread each that average gradients, which on a busy machine is much faster than threads
-that wait for each other at every operator. This module knows nothing of scoring with `generate`, nor of the
-final folder.
+In: a tokenizer, a `Recipe`, and perhaps weights to begin with. Out: weights in a work folder. Vision cycles
+teach the vision tower alone to name and place what it sees; joint cycles train everything on packed
+questions. Work is shared by processes of one thread each that average gradients, which on a busy machine is
+much faster than threads that wait for each other at every operator. This module knows nothing of scoring
+with `generate`, nor of the final folder.
 """
 
 from __future__ import annotations
@@ -18,31 +18,58 @@ from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F  # noqa: N812
 from pocket_model import PocketForward, make_model, make_optimizers, pointing_loss, rate_factor, reading_loss
-from pocket_pool import BACKGROUND, Pool, open_pool
+from pocket_pool import BACKGROUND, GRIDS, Pool, open_pool
 from pocket_questions import inside, tapped_point
-from pocket_rows import RowDataset, RowMaker, shuffled
+from pocket_rows import Ids, Lesson, RowMaker, shuffled
 from pocket_tokenizer import VOCABULARY_SIZE
 from pocket_vocabulary import BUTTONS, LABELS
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 Batch = dict[str, Tensor]
+SMALL = (0.0, 0.0, 1.0)
+ALL = (0.45, 0.25, 0.3)
+
+
+@dataclass(frozen=True)
+class VisionCycle:
+    """One cycle of the vision tower alone.
+
+    Attributes:
+        steps: its length.
+        class_weight: extra weight of naming what is seen.
+        everywhere: whether to name it in cells that show none of its text.
+        grids: shares of the image sizes, as in `pocket_pool.GRIDS`.
+        rate: peak rate of the matrices.
+    """
+
+    steps: int
+    class_weight: float
+    everywhere: bool
+    grids: tuple[float, ...] = SMALL
+    rate: float = 0.02
 
 
 @dataclass(frozen=True)
 class JointCycle:
-    """One cycle of stage two: how long, and which lessons.
+    """One cycle of everything: how long, and which lessons.
 
-    The learning rate is planned for `planned` steps, of which `steps` are taken. `pointing` is the weight of
-    looking from a label to where it is shown, `placing` that of carrying its place on to the digits;
-    `with_absent` adds things that are not shown and the states of switches. `button_share` of the screens are
-    drawn among those with buttons. `vision_rate` is the peak rate of the vision matrices, `rate` a factor on
-    all rates.
+    Attributes:
+        steps: taken, of
+        planned: steps that the learning rate is planned for.
+        pointing: weight of looking from a label to where it is shown.
+        placing: weight of carrying its place on to the digits.
+        with_absent: adds things that are not shown and the states of switches to that.
+        button_share: of the screens, drawn among those with buttons.
+        grids: shares of the image sizes, as in `pocket_pool.GRIDS`.
+        longest: tokens of the longest system prompts.
+        history_share: of the batches, with earlier turns.
+        vision_rate: peak rate of the vision matrices.
+        rate: a factor on all rates.
     """
 
     steps: int
@@ -51,82 +78,180 @@ class JointCycle:
     placing: float = 0.0
     with_absent: bool = False
     button_share: float = 0.0
+    grids: tuple[float, ...] = SMALL
+    longest: int = 40
+    history_share: float = 0.0
     vision_rate: float = 0.01
     rate: float = 1.0
+
+
+Cycle = VisionCycle | JointCycle
 
 
 @dataclass(frozen=True)
 class Recipe:
     """Everything that decides the weights, apart from the code: steps, seeds and rates.
 
-    One step takes `batch` screens over all workers. Stage one has cycles, each with its number of steps, a
-    learning rate from peak to nearly nothing, the weight of naming what is seen, and whether to name it in
-    cells that show none of its text. Stage two has `JointCycle`s.
+    One step takes `batch` screens over all workers. `screens` are drawn for each image size. `second` is the
+    index of the first cycle of the second training, which may begin with the weights of another folder.
     """
 
-    seed: int = 1
-    screens: int = 32000
+    seed: int = 2
+    screens: tuple[int, ...] = (12000, 6000, 8000)
     workers: int = 2
     batch: int = 16
-    vision_cycles: tuple[tuple[int, float, bool], ...] = (
-        (1400, 0.0, True),
-        (900, 2.0, True),
-        (500, 2.0, False),
-    )
-    joint_cycles: tuple[JointCycle, ...] = (
+    cycles: tuple[Cycle, ...] = (
+        VisionCycle(1400, 0.0, True),
+        VisionCycle(900, 2.0, True),
+        VisionCycle(500, 2.0, False),
         JointCycle(800, 1100),
         JointCycle(300, 600, pointing=0.5),
         JointCycle(600, 600, pointing=0.5, placing=0.3),
         JointCycle(500, 500, pointing=0.5, placing=0.3, with_absent=True),
         JointCycle(500, 500, pointing=0.5, placing=0.3, with_absent=True, button_share=0.6, vision_rate=0.02),
         JointCycle(500, 500, pointing=0.5, placing=0.3, with_absent=True, button_share=0.4, rate=0.5),
+        VisionCycle(300, 2.0, False, grids=ALL, rate=0.01),
+        VisionCycle(500, 2.0, False, grids=(0.5, 0.3, 0.2)),
+        JointCycle(
+            1600,
+            1800,
+            pointing=0.5,
+            placing=0.3,
+            with_absent=True,
+            button_share=0.3,
+            grids=ALL,
+            longest=2400,
+            history_share=0.3,
+        ),
+        JointCycle(
+            900,
+            900,
+            pointing=0.5,
+            placing=0.3,
+            with_absent=True,
+            button_share=0.3,
+            grids=ALL,
+            longest=2200,
+            history_share=0.25,
+            rate=0.5,
+        ),
     )
+    second: int = 9
     checkpoint_every: int = 200
     report_every: int = 20
     compiled: bool = True
 
 
-def train(recipe: Recipe, tokenizer_folder: Path, work: Path) -> Path:
-    """Run both stages; returns the file with the weights.
+def train(recipe: Recipe, tokenizer_folder: Path, work: Path, start: Path | None = None) -> Path:
+    """Run the cycles; returns the file with the weights.
 
-    A finished cycle of stage one in the work folder (`vision-0.pt`, ...) is used again.
+    A finished cycle in the work folder (`cycle-0.pt`, ...) is used again.
+
+    Args:
+        recipe: what to do.
+        tokenizer_folder: of the tokenizer.
+        work: folder of screens and weights.
+        start: file with weights to begin the second training with; the first one is left out then.
     """
-    pool_folder = work / "pool"
-    open_pool(pool_folder, f"train-{recipe.seed}", recipe.screens, recipe.workers)
-    open_pool(pool_folder, f"valid-{recipe.seed}", 256, recipe.workers)
-    torch.multiprocessing.spawn(_worker, (recipe, tokenizer_folder, work), recipe.workers)
-    return work / f"joint-{len(recipe.joint_cycles) - 1}.pt"
+    for grid, size in zip(GRIDS, recipe.screens, strict=True):
+        open_pool(work / "pool", f"train-{recipe.seed}", size, grid, recipe.workers)
+        open_pool(work / "pool", f"valid-{recipe.seed}", VALID_SCREENS, grid, recipe.workers)
+    torch.multiprocessing.spawn(_worker, (recipe, tokenizer_folder, work, start), recipe.workers)
+    return work / f"cycle-{len(recipe.cycles) - 1}.pt"
 
 
-def _worker(rank: int, recipe: Recipe, tokenizer_folder: Path, work: Path) -> None:
+VALID_SCREENS = 192
+
+
+def _worker(rank: int, recipe: Recipe, tokenizer_folder: Path, work: Path, start: Path | None) -> None:
     torch.set_num_threads(1)
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", "29541")
     dist.init_process_group("gloo", rank=rank, world_size=recipe.workers, timeout=timedelta(hours=1))
-    pool = open_pool(work / "pool", f"train-{recipe.seed}", recipe.screens)
-    valid = open_pool(work / "pool", f"valid-{recipe.seed}", 256)
+    pools = [
+        open_pool(work / "pool", f"train-{recipe.seed}", size, grid)
+        for grid, size in zip(GRIDS, recipe.screens, strict=True)
+    ]
+    valid = [open_pool(work / "pool", f"valid-{recipe.seed}", VALID_SCREENS, grid) for grid in GRIDS]
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     trained = PocketForward(make_model(recipe.seed), len(LABELS) + 1)
-    stage = Stage(rank, recipe, trained, tokenizer, pool, valid)
-    for cycle in range(len(recipe.vision_cycles)):
-        vision_file = work / f"vision-{cycle}.pt"
-        if not vision_file.exists():
-            stage.run_vision(cycle)
+    if start is not None:
+        trained.load_state_dict(torch.load(start), strict=False)  # the heads that are thrown away begin anew
+    stage = Stage(rank, recipe, trained, tokenizer, pools, valid)
+    for number, cycle in enumerate(recipe.cycles):
+        if start is not None and number < recipe.second:
+            continue
+        file = work / f"cycle-{number}.pt"
+        if not file.exists():
+            if isinstance(cycle, VisionCycle):
+                stage.run_vision(number, cycle)
+            else:
+                stage.run_joint(number, cycle, work)
             dist.barrier()
             if rank == 0:
-                torch.save(trained.state_dict(), vision_file)
+                torch.save(trained.state_dict(), file)
             dist.barrier()
-        trained.load_state_dict(torch.load(vision_file))
-    for cycle in range(len(recipe.joint_cycles)):
-        joint_file = work / f"joint-{cycle}.pt"
-        if not joint_file.exists():
-            stage.run_joint(cycle, work)
-            dist.barrier()
-            if rank == 0:
-                torch.save(trained.state_dict(), joint_file)
-            dist.barrier()
-        trained.load_state_dict(torch.load(joint_file))
+        trained.load_state_dict(torch.load(file))
     dist.destroy_process_group()
+
+
+class Schedule:
+    """Which screens the steps of a cycle take: one image size per step, each pool in shuffled order."""
+
+    def __init__(
+        self,
+        pools: list[Pool],
+        shares: tuple[float, ...],
+        steps: int,
+        batch: int,
+        seed: int,
+        button_share: float,
+    ) -> None:
+        self._pools, self._batch = pools, batch
+        rng = np.random.default_rng(seed)
+        self._grids = rng.choice(len(pools), steps, p=shares)
+        self._starts = np.zeros(steps, np.int64)
+        self._orders: list[Ids] = []
+        for grid, pool in enumerate(pools):
+            mine = self._grids == grid
+            self._starts[mine] = batch * np.arange(mine.sum())
+            order = shuffled(len(pool.pixels), max(1, int(mine.sum()) * batch), seed + grid)
+            self._orders.append(_favour_buttons(pool, order, button_share, rng))
+
+    def pool(self, step: int) -> Pool:
+        """The pool of a step."""
+        return self._pools[self._grids[step]]
+
+    def indices(self, step: int, rank: int, share: int) -> Ids:
+        """A worker's screens of a step, `share` of them."""
+        first = self._starts[step] + rank * share
+        return self._orders[self._grids[step]][first : first + share]
+
+
+def _favour_buttons(pool: Pool, order: Ids, share: float, rng: np.random.Generator) -> Ids:
+    """Replace a share of the scheduled screens by screens with buttons."""
+    if not share:
+        return order
+    classes = [LABELS.index(label) for label in BUTTONS]
+    candidates = np.flatnonzero(np.isin(pool.cells[..., 0], classes).any(1))
+    return np.where(rng.random(len(order)) < share, rng.choice(candidates, len(order)), order)
+
+
+def make_batch(maker: RowMaker, pool: Pool, indices: Ids, lesson: Lesson, seeds: list[str]) -> Batch:
+    """Tensors of one step: a row with fresh questions for each screen."""
+    rows = [
+        maker.make(pool.screen(int(index)), random.Random(seed), lesson)
+        for index, seed in zip(indices, seeds, strict=True)
+    ]
+    batch = {
+        name: torch.from_numpy(np.stack([getattr(row, name) for row in rows]))
+        for name in ("ids", "segments", "positions", "labels", "pointers", "sources")
+    }
+    batch["image_start"] = torch.tensor([row.image_start for row in rows])
+    batch["prefix"] = torch.from_numpy(lesson.prefix)
+    batch["pixels"] = torch.from_numpy(pool.pixels[indices])
+    batch["cells"] = torch.from_numpy(pool.cells[indices]).long()
+    return batch
 
 
 class Stage:
@@ -138,62 +263,54 @@ class Stage:
         recipe: Recipe,
         trained: PocketForward,
         tokenizer: PreTrainedTokenizerFast,
-        pool: Pool,
-        valid: Pool,
+        pools: list[Pool],
+        valid: list[Pool],
     ) -> None:
         self._rank, self._recipe, self._trained = rank, recipe, trained
-        self._tokenizer, self._pool, self._valid = tokenizer, pool, valid
+        self._maker, self._pools, self._valid = RowMaker(tokenizer), pools, valid
         self._share = recipe.batch // recipe.workers
         self._label_tokens = label_tokens(tokenizer)
-        self._compile: Callable[[Callable[..., Tensor]], Callable[..., Tensor]] = (
-            (lambda function: torch.compile(function, dynamic=False))
-            if recipe.compiled
-            else (lambda function: function)
+        # The decoder gains nothing from being compiled: masked attention takes most of its time.
+        self._see: Callable[[Tensor], Tensor] = (
+            torch.compile(trained.see, dynamic=False) if recipe.compiled else trained.see
         )
 
-    def run_vision(self, cycle: int) -> None:
-        """One cycle of stage one: the vision tower and the thrown-away head, on screens without questions."""
+    def run_vision(self, number: int, plan: VisionCycle) -> None:
+        """One cycle of the vision tower and the thrown-away head, on screens without questions."""
         trained, recipe = self._trained, self._recipe
         trained.model.model.language_model.requires_grad_(False)
         trained.model.lm_head.requires_grad_(False)
-        steps, class_weight, everywhere = recipe.vision_cycles[cycle]
-        order = shuffled(len(self._pool.pixels), steps * recipe.batch, recipe.seed + 100 * cycle)
+        schedule = Schedule(
+            self._pools, plan.grids, plan.steps, recipe.batch, 1000 * recipe.seed + 10 * number, 0.0
+        )
 
-        def loss(pixels: Tensor, cells: Tensor) -> Tensor:
+        def step(index: int) -> dict[str, Tensor]:
+            pool, mine = schedule.pool(index), schedule.indices(index, self._rank, self._share)
+            cells = torch.from_numpy(pool.cells[mine]).long()
             with torch.autocast("cpu", torch.bfloat16):
-                return trained.cell_loss(trained.see(pixels), cells, class_weight, everywhere)
+                image = self._see(torch.from_numpy(pool.pixels[mine]))
+                return {"cells": trained.cell_loss(image, cells, plan.class_weight, plan.everywhere)}
 
-        compiled = self._compile(loss)
-
-        def step(number: int) -> dict[str, Tensor]:
-            start = number * recipe.batch + self._rank * self._share
-            indices = order[start : start + self._share]
-            pixels = torch.from_numpy(self._pool.pixels[indices])
-            return {"cells": compiled(pixels, torch.from_numpy(self._pool.cells[indices]).long())}
-
-        optimizers = make_optimizers(trained, 0.02, 0.02, 2e-3)
-        self._loop(f"vision {cycle}", step, steps, optimizers, lambda _: None)
+        optimizers = make_optimizers(trained, plan.rate, plan.rate, 2e-3)
+        self._loop(f"{number} vision", step, plan.steps, optimizers, lambda _: None)
         self._report_cells()
 
-    def run_joint(self, cycle: int, work: Path) -> None:
-        """One cycle of stage two: all weights, on packed questions; writes checkpoints into `work`."""
+    def run_joint(self, number: int, plan: JointCycle, work: Path) -> None:
+        """One cycle of all weights, on packed questions; writes checkpoints into `work`."""
         trained, recipe = self._trained, self._recipe
         trained.requires_grad_(True)
-        plan = recipe.joint_cycles[cycle]
-        order = shuffled(len(self._pool.pixels), plan.planned * recipe.batch, recipe.seed + 1 + 100 * cycle)
-        order = self._favour_buttons(order, plan.button_share, recipe.seed + 100 * cycle)
-        rows = RowDataset(self._pool, RowMaker(self._tokenizer), recipe.seed + 100 * cycle, order)
+        seed = 1000 * recipe.seed + 10 * number
+        schedule = Schedule(self._pools, plan.grids, plan.steps, recipe.batch, seed, plan.button_share)
 
-        see = self._compile(trained.see)  # the decoder gains nothing: masked attention takes most of its time
-
-        def step(number: int) -> dict[str, Tensor]:
-            start = number * recipe.batch + self._rank * self._share
-            batch = torch.utils.data.default_collate(
-                [rows[item] for item in range(start, start + self._share)]
-            )
+        def step(index: int) -> dict[str, Tensor]:
+            pool, mine = schedule.pool(index), schedule.indices(index, self._rank, self._share)
+            rng = random.Random(f"lesson:{seed}:{index}")
+            lesson = self._maker.lesson(pool.grid, rng, plan.history_share, plan.longest)
+            seeds = [f"row:{seed}:{index}:{self._rank}:{item}" for item in range(self._share)]
+            batch = make_batch(self._maker, pool, mine, lesson, seeds)
             with torch.autocast("cpu", torch.bfloat16):
-                image = see(batch["pixels"])
-                hidden, watched = trained.read(*trained.decoder_inputs(batch, image), watch=True)
+                image = self._see(batch["pixels"])
+                hidden, watched = trained.read(batch, image, watch=True)
                 assert watched is not None
                 answers = batch["labels"] >= 0
                 logits = trained.model.lm_head(hidden[answers])
@@ -206,25 +323,16 @@ class Stage:
                     "names": 0.5 * trained.alignment_loss(image, batch["cells"], self._label_tokens),
                 }
 
-        def after(number: int) -> None:
-            if number % recipe.checkpoint_every == 0:
-                self._report_answers()
+        def after(done: int) -> None:
+            if done % recipe.checkpoint_every == 0:
+                self._report_answers(plan)
                 if self._rank == 0:
-                    torch.save(trained.state_dict(), work / f"joint-{cycle}-{number}.pt")
+                    torch.save(trained.state_dict(), work / f"cycle-{number}-{done}.pt")
 
         optimizers = make_optimizers(
             trained, plan.rate * plan.vision_rate, plan.rate * 0.02, plan.rate * 3e-3
         )
-        self._loop(f"joint {cycle}", step, plan.steps, optimizers, after, plan.planned)
-
-    def _favour_buttons(self, order: npt.NDArray[np.int64], share: float, seed: int) -> npt.NDArray[np.int64]:
-        """Replace a share of the scheduled screens by screens with buttons."""
-        if not share:
-            return order
-        classes = [LABELS.index(label) for label in BUTTONS]
-        candidates = np.flatnonzero(np.isin(self._pool.cells[..., 0], classes).any(1))
-        rng = np.random.default_rng(seed)
-        return np.where(rng.random(len(order)) < share, rng.choice(candidates, len(order)), order)
+        self._loop(f"{number} joint", step, plan.steps, optimizers, after, plan.planned)
 
     def _loop(
         self,
@@ -260,51 +368,47 @@ class Stage:
     def _report_cells(self) -> None:
         if self._rank:
             return
-        cells = torch.from_numpy(self._valid.cells[:128]).long()
-        out = self._trained.cell_head(self._trained.see(torch.from_numpy(self._valid.pixels[:128])))
-        classes, digits, states = out.split((BACKGROUND + 1, 40, 3), -1)
-        shown = cells[..., 0] != BACKGROUND
-        right = [(classes.argmax(-1) == cells[..., 0])[shown & (cells[..., 6] > 0)]]
-        right += [
-            (part.argmax(-1) == cells[..., i + 1])[shown] for i, part in enumerate(digits.split(10, -1))
-        ]
-        right += [(states.argmax(-1) == cells[..., 5])[shown]]
-        print(
-            "valid cells: class, digits, state",
-            [round(100 * r.float().mean().item(), 1) for r in right],
-            flush=True,
-        )
+        for pool in self._valid:
+            cells = torch.from_numpy(pool.cells[:64]).long()
+            out = self._trained.cell_head(self._trained.see(torch.from_numpy(pool.pixels[:64])))
+            classes, digits, states = out.split((BACKGROUND + 1, 40, 3), -1)
+            shown = cells[..., 0] != BACKGROUND
+            right = [(classes.argmax(-1) == cells[..., 0])[shown & (cells[..., 6] > 0)]]
+            right += [
+                (part.argmax(-1) == cells[..., i + 1])[shown] for i, part in enumerate(digits.split(10, -1))
+            ]
+            right += [(states.argmax(-1) == cells[..., 5])[shown]]
+            shares = [round(100 * r.float().mean().item(), 1) for r in right]
+            print(f"valid {pool.grid.cells} cells: class, digits, state", shares, flush=True)
 
     @torch.no_grad()
-    def _report_answers(self, count: int = 64) -> None:
-        """Print teacher-forced scores on validation screens."""
+    def _report_answers(self, plan: JointCycle, count: int = 32) -> None:
+        """Print teacher-forced scores on validation screens, with the image sizes and prompts of a plan."""
         if self._rank:
             return
-        maker = RowMaker(self._tokenizer)
-        exact: dict[str, list[bool]] = {}
-        hits: list[bool] = []
-        for index in range(count):
-            screen = self._valid.screen(index)
-            row = maker.make(screen, random.Random(f"valid:{index}"))
-            batch = {
-                name: torch.from_numpy(getattr(row, name))[None]
-                for name in ("ids", "segments", "positions", "labels")
-            }
-            batch["pixels"] = torch.from_numpy(self._valid.pixels[index])[None]
-            batch["image_start"] = torch.tensor([row.image_start])
-            with torch.autocast("cpu", torch.bfloat16):
-                best = self._trained.logits(batch)[0].argmax(-1)
-            segment = batch["segments"][batch["labels"] >= 0]
-            target = batch["labels"][batch["labels"] >= 0]
-            for number, question in enumerate(row.questions):
-                mine = segment == number + 1
-                exact.setdefault(question.kind, []).append(bool((best[mine] == target[mine]).all()))
-                if question.box:
-                    hits.append(inside(tapped_point(self._tokenizer.decode(best[mine])), question.box))
-        shown = {kind: f"{100 * sum(values) / len(values):.1f}" for kind, values in exact.items()}
-        print(
-            f"valid answers: hit {100 * sum(hits) / len(hits):.1f} of {len(hits)}, exact {shown}", flush=True
-        )
+        for pool, share in zip(self._valid, plan.grids, strict=True):
+            if not share:
+                continue
+            exact: dict[str, list[bool]] = {}
+            hits: list[bool] = []
+            for index in range(count):
+                rng = random.Random(f"valid:{index}")
+                lesson = self._maker.lesson(pool.grid, rng, plan.history_share, plan.longest)
+                row = self._maker.make(pool.screen(index), random.Random(f"valid:{index}"), lesson)
+                batch = make_batch(self._maker, pool, np.array([index]), lesson, [f"valid:{index}"])
+                with torch.autocast("cpu", torch.bfloat16):
+                    best = self._trained.logits(batch)[0].argmax(-1)
+                segment = batch["segments"][batch["labels"] >= 0]
+                target = batch["labels"][batch["labels"] >= 0]
+                for number, question in enumerate(row.questions):
+                    mine = segment == number + 1
+                    answer = self._maker.decode(best[mine].tolist())
+                    exact.setdefault(question.kind, []).append(bool((best[mine] == target[mine]).all()))
+                    if question.box is not None:
+                        hits.append(inside(tapped_point(answer), question.box))
+            shown = {kind: f"{100 * sum(values) / len(values):.1f}" for kind, values in sorted(exact.items())}
+            hit = f"{100 * sum(hits) / max(1, len(hits)):.1f} of {len(hits)}"
+            print(f"valid {pool.grid.cells} answers: hit {hit}, exact {shown}", flush=True)
 
 
 def label_tokens(tokenizer: PreTrainedTokenizerFast) -> Tensor:

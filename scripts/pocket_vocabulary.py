@@ -146,28 +146,3 @@ CHINESE: dict[str, str] = {
 
 LABELS: tuple[str, ...] = tuple(CHINESE)
 """All labels; the class of a label in the vision stage is its index here, one past the end is background."""
-
-TYPED_TEXTS: tuple[str, ...] = (
-    "hello",
-    "coffee",
-    "good morning",
-    "thank you",
-    "see you soon",
-    "on my way",
-    "pizza",
-    "train tickets",
-    "你好",
-    "谢谢",
-    "咖啡",
-    "早上好",
-    "火车票",
-    "明天见",
-    "天气预报",
-    "马上到",
-)
-
-SYSTEM_PROMPTS: tuple[str, ...] = (
-    "You operate a phone. Answer with one action.\n",
-    "You are a phone agent. Think briefly, then act.\n",
-    "你是手机助手，请根据截图给出下一步操作。\n",
-)

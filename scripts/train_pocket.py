@@ -5,6 +5,7 @@ exporter read, a sample screenshot and its question. The weights depend only on 
 the last bits, on the machine's arithmetic). This command knows no details of screens, questions or losses.
 
     python scripts/train_pocket.py --out /tmp/pocket --work /tmp/pocket_work
+    python scripts/train_pocket.py --out /tmp/pocket --work /tmp/pocket_work --start older_pocket
     python scripts/train_pocket.py --out autoglm_edge/pocket --evaluate-only --questions 500
 """
 
@@ -20,17 +21,19 @@ from pathlib import Path
 import click
 import torch
 from glm_tokens import EOS_TOKENS
+from pocket_clients import SHORT_PROMPTS, TRAINED
 from pocket_model import PocketForward, make_model
-from pocket_questions import ask, ask_tap, decorate
-from pocket_scores import Scores, evaluate
+from pocket_questions import ask, ask_tap
+from pocket_scores import EXAMS, Agent, Scores, evaluate
 from pocket_screens import Screen, make_screen, render
+from pocket_start import carry_over
 from pocket_tokenizer import TOKEN_IDS, save_tokenizer, train_tokenizer
 from pocket_training import Recipe, train
-from pocket_vocabulary import LABELS, SYSTEM_PROMPTS
+from pocket_vocabulary import LABELS
 from transformers import GenerationConfig, Glm4vForConditionalGeneration
 
 TOKENIZER_SCREENS = 4000
-TEST_SEED = "test-1"
+TEST_SEED = "test-2"
 SAMPLE_SCALE = 3
 SAMPLE_PHRASE = "打开{}"
 
@@ -39,22 +42,10 @@ SAMPLE_PHRASE = "打开{}"
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the finished model.")
 @click.option("--work", type=click.Path(path_type=Path), default=Path("/tmp/pocket_work"), show_default=True)
 @click.option(
+    "--start", type=click.Path(path_type=Path), help="Do the second training only, from this pocket folder."
+)
+@click.option(
     "--seed", default=Recipe.seed, show_default=True, help="Seed of screens, questions and weights."
-)
-@click.option("--screens", default=Recipe.screens, show_default=True, help="Training screens to draw.")
-@click.option(
-    "--vision-steps",
-    multiple=True,
-    default=[steps for steps, *_ in Recipe.vision_cycles],
-    show_default=True,
-    help="Steps of a cycle of stage one; give it once per cycle.",
-)
-@click.option(
-    "--joint-steps",
-    multiple=True,
-    default=[cycle.steps for cycle in Recipe.joint_cycles],
-    show_default=True,
-    help="Steps of a cycle of stage two; give it once per cycle.",
 )
 @click.option("--workers", default=Recipe.workers, show_default=True, help="Processes of one thread each.")
 @click.option(
@@ -64,14 +55,12 @@ SAMPLE_PHRASE = "打开{}"
     "--weights", type=click.Path(path_type=Path), help="Save this file of the work folder; do not train."
 )
 @click.option("--evaluate-only", is_flag=True, help="Score the folder given with --out.")
-@click.option("--questions", default=500, show_default=True, help="Held-out questions per score table.")
+@click.option("--questions", default=500, show_default=True, help="Held-out questions of the largest exams.")
 def main(
     out: Path,
     work: Path,
+    start: Path | None,
     seed: int,
-    screens: int,
-    vision_steps: tuple[int, ...],
-    joint_steps: tuple[int, ...],
     workers: int,
     compiled: bool,
     weights: Path | None,
@@ -79,46 +68,37 @@ def main(
     questions: int,
 ) -> None:
     """Train the pocket model, write it to --out and score it on new screens."""
-    recipe = replace(
-        Recipe(),
-        seed=seed,
-        screens=screens,
-        vision_cycles=tuple(
-            (steps, *rest) for steps, (_, *rest) in zip(vision_steps, Recipe.vision_cycles, strict=True)
-        ),
-        joint_cycles=tuple(
-            replace(cycle, steps=steps) for steps, cycle in zip(joint_steps, Recipe.joint_cycles, strict=True)
-        ),
-        workers=workers,
-        compiled=compiled,
-    )
+    recipe = replace(Recipe(), seed=seed, workers=workers, compiled=compiled)
     if not evaluate_only:
         out.mkdir(parents=True, exist_ok=True)
         started = time.time()
+        begin = None
+        if start is not None and weights is None:
+            work.mkdir(parents=True, exist_ok=True)
+            begin = work / "start.pt"
+            tokenizer = train_tokenizer(tokenizer_texts())
+            torch.save(carry_over(start, tokenizer, seed), begin)
         save_tokenizer(train_tokenizer(tokenizer_texts()), out)
-        save_model(weights or train(recipe, out, work), seed, out)
+        save_model(weights or train(recipe, out, work, begin), seed, out)
         save_sample(out)
         click.echo(f"saved {out} after {(time.time() - started) / 60:.1f} min", err=True)
-    report = {
-        name: _told(name, evaluate(out, f"{TEST_SEED}-{name}", count, scale, toggles_only))
-        for name, count, scale, toggles_only in (
-            ("360x800", questions, 1, False),
-            ("1080x2400", questions, 3, False),
-            ("toggles", questions * 3 // 10, 1, True),
-        )
-    }
+    agent = Agent(out)
+    report = {exam.name: _told(exam.name, evaluate(agent, exam, TEST_SEED, questions)) for exam in EXAMS}
     click.echo(json.dumps(report, ensure_ascii=False))
 
 
 def tokenizer_texts() -> Iterator[str]:
     """Texts the tokenizer learns from; the same on every run."""
+    manner = replace(TRAINED.manner, noise=None)
     for index in range(TOKENIZER_SCREENS):
         screen, rng = make_screen(f"tok:{index}"), random.Random(index)
         for _ in range(4):
-            question = ask(screen, rng)
-            yield decorate(question.text, rng)
-            yield question.answer.removesuffix("</answer>")
-        yield SYSTEM_PROMPTS[index % len(SYSTEM_PROMPTS)]
+            question = ask(screen, rng, manner)
+            yield TRAINED.decorate(question.text, rng)
+            yield from (question.think, question.action)
+        yield SHORT_PROMPTS[index % len(SHORT_PROMPTS)]
+        if index % 40 == 0:
+            yield TRAINED.source.system_prompt(rng, 4000, len)
 
 
 def save_model(weights: Path, seed: int, out: Path) -> None:
