@@ -38,12 +38,17 @@ LIMITS = {
     limits.name: limits
     for limits in (
         Limits("fp32", 1e-7, 1e-6, 0.9999, 0.99999, 0.0),
-        Limits("fp16", 1e-4, 1e-3, 0.999, 0.9999, 0.001),
-        Limits("int8", 1e-4, 2e-3, 0.9975, 0.999, 0.003),
-        Limits("int4", 2e-3, 5e-2, 0.99, 0.99, 0.003),
+        Limits("fp16", 1e-5, 1e-4, 0.9995, 0.9999, 0.001),
+        Limits("int8-weights", 1e-5, 3e-4, 0.9995, 0.9995, 0.003),
+        Limits("int8", 1e-4, 2e-3, 0.9995, 0.999, 0.003),
+        Limits("int4", 1e-3, 2e-2, 0.999, 0.99, 0.003),
     )
 }
-"""By the fewest bits of a weight; what has less than 4 is judged by the row of int4, and should fail."""
+"""By the fewest bits of a weight; int8-weights are 8 bits whose activations stay float. What has less than 4
+bits is judged by the row of int4, and should fail."""
+
+ROUNDED_ACTIVATIONS = 4
+"""The accuracy level at which a kernel rounds activations to 8-bit integers."""
 
 
 @dataclass(frozen=True)
@@ -69,15 +74,18 @@ class Criterion:
 
 
 def limits_for(recipe: Mapping[str, Any]) -> Limits:
-    """The row for a recipe: the preset of its activations if it keeps weights float, else by its fewest bits.
+    """The row for a recipe: by its activations if it keeps weights float, else by its fewest bits.
 
     Args:
         recipe: as in a manifest.
     """
     formats = [rule.get("format") for rule in recipe.get("rules", ())]
     bits = [form["bits"] for form in formats if form is not None]
+    if bits and min(bits) < 8:
+        return LIMITS["int4"]
     if bits:
-        return LIMITS["int8" if min(bits) == 8 else "int4"]
+        rounded = recipe.get("accuracy_level", ROUNDED_ACTIVATIONS) == ROUNDED_ACTIVATIONS
+        return LIMITS["int8" if rounded else "int8-weights"]
     return LIMITS["fp16" if recipe.get("activations") == "float16" else "fp32"]
 
 

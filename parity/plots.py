@@ -9,12 +9,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
 
-INK, FAINT, GRID = "#1f2937", "#6b7280", "#e5e7eb"
-COLOURS = ("#2563eb", "#9ca3af", "#d97706", "#059669", "#7c3aed")
-"""Of the bundle, the floor, and baselines."""
-GOOD, BAD = "#059669", "#dc2626"
+from . import svg
+from .svg import BAD, FAINT, GOOD, GRID, INK
+from .svg import COLOURS as COLOURS
 
 
 @dataclass(frozen=True)
@@ -76,24 +74,24 @@ def log_lines(
     step = max(1, (high - low) // 8)
     for exponent in range(low, high + 1, step):
         level = y(10.0**exponent)
-        parts.append(_line(left, level, width - right, level, GRID))
-        parts.append(_text(left - 8, level + 4, f"10{_superscript(exponent)}", FAINT, "end"))
+        parts.append(svg.line(left, level, width - right, level, GRID))
+        parts.append(svg.text(left - 8, level + 4, f"10{svg.superscript(exponent)}", FAINT, "end"))
     for index, name in enumerate(columns):
-        parts.append(_text(x(index), height - bottom + 18, name, FAINT, "middle"))
+        parts.append(svg.text(x(index), height - bottom + 18, name, FAINT, "middle"))
     for value, name in marks:
-        parts.append(_line(left, y(value), width - right, y(value), BAD, dash="5 4"))
-        parts.append(_text(left + 6, y(value) - 5, name, BAD, "start"))
+        parts.append(svg.line(left, y(value), width - right, y(value), BAD, dash="5 4"))
+        parts.append(svg.text(left + 6, y(value) - 5, name, BAD, "start"))
     ends: list[float] = []
     for line in lines:
         points = " ".join(f"{x(index):.1f},{y(value):.1f}" for index, value in enumerate(line.values))
         parts.append(f'<polyline points="{points}" fill="none" stroke="{line.colour}" stroke-width="2.5"/>')
-        parts += [_dot(x(i), y(value), 3.0, line.colour) for i, value in enumerate(line.values)]
+        parts += [svg.dot(x(i), y(value), 3.0, line.colour) for i, value in enumerate(line.values)]
         end = y(line.values[-1]) + 4
         while any(abs(end - other) < 14 for other in ends):
             end += 14
         ends.append(end)
-        parts.append(_text(x(len(line.values) - 1) + 9, end, line.name, line.colour, "start", bold=True))
-    return _svg(width, height, parts)
+        parts.append(svg.text(x(len(line.values) - 1) + 9, end, line.name, line.colour, "start", bold=True))
+    return svg.document(width, height, parts)
 
 
 def bars(items: Sequence[Bar], *, log: bool = False) -> str:
@@ -103,7 +101,7 @@ def bars(items: Sequence[Bar], *, log: bool = False) -> str:
         items: from top to bottom.
         log: lengths by order of magnitude, from the power of ten below the smallest.
     """
-    width, left, right, row = 640, 120, 130, 26
+    width, left, right, row = 660, 120, 170, 26
     values = [item.value for item in items if item.value > 0]
     low, high = decades(values)
     longest = max(values, default=1.0)
@@ -117,10 +115,10 @@ def bars(items: Sequence[Bar], *, log: bool = False) -> str:
     parts = []
     for index, item in enumerate(items):
         top = index * row + 4
-        parts.append(_text(left - 10, top + 14, item.name, INK, "end"))
-        parts.append(_rect(left, top, length(item.value), row - 8, item.colour))
-        parts.append(_text(left + length(item.value) + 8, top + 14, item.label, FAINT, "start"))
-    return _svg(width, row * len(items) + 6, parts)
+        parts.append(svg.text(left - 10, top + 14, item.name, INK, "end"))
+        parts.append(svg.rect(left, top, length(item.value), row - 8, item.colour))
+        parts.append(svg.text(left + length(item.value) + 8, top + 14, item.label, FAINT, "start"))
+    return svg.document(width, row * len(items) + 6, parts)
 
 
 @dataclass(frozen=True)
@@ -149,13 +147,15 @@ def strips(items: Sequence[Strip]) -> str:
     parts = []
     for index, item in enumerate(items):
         top, scale = index * row + 3, (width - left - right) / longest
-        parts.append(_text(left - 10, top + row - 8, item.name, INK, "end", size=11))
-        parts.append(_rect(left, top, item.total * scale, row - 7, GRID))
-        parts.append(_rect(left, top, item.common * scale, row - 7, GOOD if item.same else COLOURS[0]))
+        parts.append(svg.text(left - 10, top + row - 8, item.name, INK, "end", size=11))
+        parts.append(svg.rect(left, top, item.total * scale, row - 7, GRID))
+        parts.append(svg.rect(left, top, item.common * scale, row - 7, GOOD if item.same else COLOURS[0]))
         if not item.same:
-            parts.append(_rect(left + item.common * scale - 1, top - 2, 3, row - 3, BAD))
-        parts.append(_text(left + item.total * scale + 8, top + row - 8, item.label, FAINT, "start", size=11))
-    return _svg(width, row * len(items) + 6, parts)
+            parts.append(svg.rect(left + item.common * scale - 1, top - 2, 3, row - 3, BAD))
+        parts.append(
+            svg.text(left + item.total * scale + 8, top + row - 8, item.label, FAINT, "start", size=11)
+        )
+    return svg.document(width, row * len(items) + 6, parts)
 
 
 @dataclass(frozen=True)
@@ -168,25 +168,44 @@ class Move:
 
 
 def moves(items: Sequence[Move]) -> str:
-    """A screen: rings where the reference touches, dots where the candidate does, joined by lines."""
+    """A screen: rings where the reference touches, dots where the candidate does, joined by lines.
+
+    Touches that agree are drawn together as two paths of points, so that a thousand of them are a few lines.
+    """
     width, height, edge = 230, 420, 10
 
     def place(point: tuple[int, int]) -> tuple[float, float]:
         return edge + point[0] / 999 * (width - 2 * edge), edge + point[1] / 999 * (height - 2 * edge)
 
+    def points(some: Sequence[tuple[int, int]], size: float, colour: str) -> str:
+        """Round dots, a path of lines of no length with round ends."""
+        if not some:
+            return ""
+        path = "".join(f"M{x:.0f} {y:.0f}h0" for x, y in map(place, some))
+        return f'<path d="{path}" stroke="{colour}" stroke-width="{size:g}" stroke-linecap="round"/>'
+
     parts = [
         f'<rect x="{edge}" y="{edge}" width="{width - 2 * edge}" height="{height - 2 * edge}" rx="14" '
         f'fill="#f9fafb" stroke="{GRID}"/>'
     ]
+    same = {False: set[tuple[int, int]](), True: set[tuple[int, int]]()}
     for item in items:
+        if item.start == item.end:
+            same[item.hit is False].add(item.end)
+    every = sorted(same[False] | same[True])
+    parts += [points(every, 13.5, FAINT), points(every, 10.5, "#f9fafb")]
+    parts += [points(sorted(same[bad]), 6, BAD if bad else COLOURS[0]) for bad in (False, True)]
+    for item in items:
+        if item.start == item.end:
+            continue
         (x0, y0), (x1, y1) = place(item.start), place(item.end)
         colour = BAD if item.hit is False else COLOURS[0]
-        parts.append(_line(x0, y0, x1, y1, colour))
+        parts.append(svg.line(x0, y0, x1, y1, colour))
         parts.append(
             f'<circle cx="{x0:.1f}" cy="{y0:.1f}" r="6" fill="none" stroke="{FAINT}" stroke-width="1.5"/>'
         )
-        parts.append(_dot(x1, y1, 3.0, colour))
-    return _svg(width, height, parts)
+        parts.append(svg.dot(x1, y1, 3.0, colour))
+    return svg.document(width, height, parts)
 
 
 def decades(values: Sequence[float]) -> tuple[int, int]:
@@ -196,37 +215,3 @@ def decades(values: Sequence[float]) -> tuple[int, int]:
         return -1, 0
     low = math.floor(math.log10(min(finite)) - 1e-9)
     return low, max(low + 1, math.ceil(math.log10(max(finite)) + 1e-9))
-
-
-def _superscript(exponent: int) -> str:
-    return str(exponent).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
-
-
-def _svg(width: int, height: int, parts: Sequence[str]) -> str:
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" '
-        f'height="{height}" font-family="system-ui, sans-serif" font-size="12.5" role="img">'
-        f"{''.join(parts)}</svg>"
-    )
-
-
-def _line(x0: float, y0: float, x1: float, y1: float, colour: str, *, dash: str = "") -> str:
-    style = f' stroke-dasharray="{dash}"' if dash else ""
-    return f'<line x1="{x0:.1f}" y1="{y0:.1f}" x2="{x1:.1f}" y2="{y1:.1f}" stroke="{colour}"{style}/>'
-
-
-def _rect(x: float, y: float, width: float, height: float, colour: str) -> str:
-    return f'<rect x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}" rx="2" fill="{colour}"/>'
-
-
-def _dot(x: float, y: float, radius: float, colour: str) -> str:
-    return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{radius:g}" fill="{colour}"/>'
-
-
-def _text(
-    x: float, y: float, text: str, colour: str, anchor: str, *, bold: bool = False, size: float | None = None
-) -> str:
-    extra = (' font-weight="600"' if bold else "") + (f' font-size="{size:g}"' if size else "")
-    return (
-        f'<text x="{x:.1f}" y="{y:.1f}" fill="{colour}" text-anchor="{anchor}"{extra}>{escape(text)}</text>'
-    )

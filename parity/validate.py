@@ -104,7 +104,7 @@ def validate(
         candidate=own,
         floor=baseline,
         baselines=tuple(item for item in rest[1 if floor else 0 :] if item is not None),
-        criteria=tuple(_criteria(own, baseline, faults, chosen, len(first))),
+        criteria=tuple(judge(own, baseline, faults, chosen, len(first))),
         seconds=time.perf_counter() - started,
     )
 
@@ -211,13 +211,22 @@ def _recorded(case: Case, eos: frozenset[int]) -> Observed:
     return Observed(case.rows, without_end(case.greedy, eos), tuple(values for _, values in case.features))
 
 
-def _criteria(
+def judge(
     own: Comparison | None,
     floor: Comparison | None,
     faults: Sequence[InputFault],
     limits: Limits,
     cases: int,
 ) -> Iterator[Criterion]:
+    """Hold figures against limits.
+
+    Args:
+        own: of the bundle; None if no case could be scored.
+        floor: of the reference's own rounding, which is added to the limits; None without one.
+        faults: inputs that are not as recorded.
+        limits: the row to judge by.
+        cases: prompts in the reference.
+    """
     yield at_most("inputs that differ from the recorded ones", float(len(faults)), 0, None)
     scored = 0 if own is None else own.cases
     yield at_least("prompts that could be scored", float(scored), float(cases))

@@ -1,106 +1,171 @@
 #!/usr/bin/env python3
-"""Measure the pocket model in all preset recipes against torch, and write the reports under docs/parity/.
+"""Measure the pocket model in all recipes against torch, and write the reports under docs/parity/.
 
-In: nothing but the package's own checkpoint. Out: docs/parity/RECIPE.html for every recipe, and a table with
-a JSON document in docs/parity/pocket.md and pocket.json. References are recorded anew, in fp32 and, along
-that, in bf16 (the floor) and, if asked for, as bitsandbytes quantizes (baselines).
+In: nothing but the package's own checkpoint. Out: docs/parity/RECIPE.html for every recipe, tables in
+docs/parity/pocket.md and their figures in pocket.json. References are recorded anew, in fp32 and, along that,
+in bf16 (the floor) and as bitsandbytes quantizes (baselines). A workspace is kept and shared with
+benchmarks/pareto.py; an interrupted run goes on there.
 
-    scripts/pocket_parity.py
-    scripts/pocket_parity.py --count 60 --baselines -o /tmp/parity
+    scripts/pocket_parity.py --workspace /tmp/pocket
+    scripts/pocket_parity.py --screens 60 -o /tmp/parity
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
+import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import date
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
-import pocket_prompts
+from pocket_measure import Variant, Workspace, measure_all
 
-from autoglm_edge.export.pipeline import export
-from autoglm_edge.parity.page import html_page
-from autoglm_edge.parity.record import record
-from autoglm_edge.parity.report import Report, figure_rows
-from autoglm_edge.parity.validate import validate
+from autoglm_edge.parity.report import number
 
-RECIPES = ("fp32", "fp16", "int8", "int4", "int4-mixed", "int4-all")
-BASELINES: tuple[Literal["bnb-nf4", "bnb-int8"], ...] = ("bnb-nf4", "bnb-int8")
 DOCS = Path(__file__).resolve().parent.parent / "docs" / "parity"
+PER_CASE = {"images", "greedy", "outcomes", "worst", "curve", "groups"}
+"""What a report says of single prompts and positions; it stays out of pocket.json."""
+
+Document = Mapping[str, Any]
 
 
 def main() -> None:
     """Record, export, validate, write."""
     parser = argparse.ArgumentParser(description="Measure the pocket model in all recipes against torch.")
-    parser.add_argument("--count", type=int, default=200, help="screens (default: 200)")
+    parser.add_argument("--screens", type=int, default=1000, help="newly drawn (default: 1000)")
+    parser.add_argument("--workspace", type=Path, help="folder to keep measurements in and to go on from")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: cores)")
     parser.add_argument("-o", "--output", type=Path, default=DOCS, help="folder (default: docs/parity)")
-    parser.add_argument("--baselines", action="store_true", help="record bitsandbytes, too")
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as name:
-        reports = measure(Path(name), arguments.count, BASELINES if arguments.baselines else ())
-    for recipe, report in reports.items():
-        (arguments.output / f"{recipe}.html").write_text(html_page(report), encoding="utf-8")
-    (arguments.output / "pocket.md").write_text(page(reports, arguments.count), encoding="utf-8")
-    document = {
-        recipe: {"total_bytes": report.bundle.total_bytes, **report.figures()}
-        for recipe, report in reports.items()
-    }
-    (arguments.output / "pocket.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-    print(page(reports, arguments.count))
-    print(json.dumps(document))
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = arguments.workspace or Path(temporary)
+        workspace = Workspace.open(folder, arguments.screens, arguments.jobs)
+        chosen, documents = measure_all(workspace)
+        for stale in arguments.output.glob("*.html"):
+            stale.unlink()
+        for item in chosen:
+            shutil.copy(workspace.page(item), arguments.output / f"{item.name}.html")
+        text = page(chosen, documents, workspace)
+    summary = {name: without_cases(document) for name, document in documents.items()}
+    (arguments.output / "pocket.json").write_text(
+        json.dumps(summary, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
+    (arguments.output / "pocket.md").write_text(text, encoding="utf-8")
+    print(text)
 
 
-def measure(folder: Path, count: int, kinds: Sequence[Literal["bnb-nf4", "bnb-int8"]]) -> dict[str, Report]:
-    """A report per recipe."""
-    prompts = folder / "pocket.jsonl"
-    lines = [json.dumps(prompt, ensure_ascii=False) for prompt in pocket_prompts.prompts("parity", count)]
-    prompts.write_text("\n".join(lines), encoding="utf-8")
-    reference, floor = folder / "fp32.safetensors", folder / "bf16.safetensors"
-    record("pocket", reference, prompts=str(prompts))
-    record("pocket", floor, like=reference, dtype="bfloat16")
-    baselines = []
-    for baseline in kinds:
-        baselines.append(folder / f"{baseline}.safetensors")
-        record("pocket", baselines[-1], like=reference, baseline=baseline)
-    reports = {}
-    for recipe in RECIPES:
-        export("pocket", folder / recipe, precision=recipe)
-        reports[recipe] = validate(folder / recipe, reference, floor=floor, baselines=baselines)
-        print(f"{recipe}: {'passed' if reports[recipe].passed else 'failed'}", flush=True)
-    return reports
+def without_cases(value: Any) -> Any:
+    """JSON values without what is said of single prompts, of the machine's paths, and twice."""
+    if isinstance(value, dict):
+        dropped = PER_CASE | {"path", "reference", "floor", "baselines"} if "variant" in value else PER_CASE
+        return {key: without_cases(item) for key, item in value.items() if key not in dropped | {"path"}}
+    return value if not isinstance(value, float) else float(f"{value:.5g}")
 
 
-def page(reports: dict[str, Report], count: int) -> str:
-    """The table of all recipes, one column each, the floor and the baselines at the end."""
-    first = next(iter(reports.values()))
-    own = [(recipe, report.candidate) for recipe, report in reports.items() if report.candidate is not None]
-    others = [(item.title, item) for item in first.columns[1:]]
-    columns = [*own, *others]
-    rows = figure_rows([item for _, item in columns])
-    sizes = [
-        f"{reports[name].bundle.total_bytes / 1e6:.1f} MB" if name in reports else "" for name, _ in columns
+def page(chosen: Sequence[Variant], documents: Mapping[str, Document], workspace: Workspace) -> str:
+    """The text of pocket.md."""
+    first = documents["fp32"]
+    mark = first["fingerprint"]
+    versions = ", ".join(f"{name} {version}" for name, version in mark["versions"].items())
+    columns: list[tuple[str, Document | None, Document]] = [
+        (f"[{item.name}]({item.name}.html)", documents[item.name], documents[item.name]["candidate"])
+        for item in chosen
     ]
-    verdicts = [
-        ("passed" if reports[name].passed else "failed") if name in reports else "" for name, _ in columns
-    ]
-    table = [["", *(name for name, _ in columns)], ["---"] * (len(columns) + 1)]
-    table += [["bundle", *sizes], ["limits", *verdicts], *([row[0].strip(), *row[1:]] for row in rows)]
-    versions = ", ".join(f"{name} {version}" for name, version in first.fingerprint.versions.items())
-    links = ", ".join(f"[{recipe}]({recipe}.html)" for recipe in reports)
+    columns.append(("torch, bf16 (floor)", None, first["floor"]))
+    columns += [(item["title"], None, item) for item in first["baselines"]]
+    refused = "".join(
+        f"\n{kind} could not be recorded: {text}\n" for kind, text in workspace.refused().items()
+    )
     return (
         "# The pocket model in all recipes\n\n"
-        f"Made on {date.today().isoformat()} by `python scripts/pocket_parity.py --count {count}`; "
-        "what the figures mean is in [parity.md](../parity.md).\n"
-        f"{count} newly drawn screens, one question each; {versions}; {platform.machine()}, Python "
-        f"{platform.python_version()}.\n\nPages with plots: {links}.\n\n"
-        + "\n".join("| " + " | ".join(row) + " |" for row in table)
+        f"Made on {date.today().isoformat()} by `python scripts/pocket_parity.py --screens "
+        f"{workspace.screens}`; what the figures mean is in [parity.md](../parity.md).\n"
+        f"{workspace.screens} newly drawn screens, one question each, "
+        f"{first['candidate']['answer']['kl']['count']:,} positions in answers; {versions}; "
+        f"{platform.machine()}, Python {platform.python_version()}. Names link to pages with plots.\n"
+        f"{refused}\n"
+        + "\n".join(f"- `{item.name}`: {item.note}" for item in chosen)
+        + "\n\n## Divergence in answers\n\n"
+        + markdown(divergence_rows(columns))
+        + "\n\n## Answers and actions\n\n"
+        + markdown(action_rows(columns))
+        + "\n\n## Limits that were not kept\n\n"
+        + "\n".join(broken(documents))
         + "\n"
     )
+
+
+def divergence_rows(columns: Sequence[tuple[str, Document | None, Document]]) -> Iterator[list[str]]:
+    """Head and rows of the first table."""
+    yield [
+        *["", "weights", "mean KL", "± s.e.", "p90", "p99", "highest", "same likeliest token"],
+        *["perplexity", "RMS Δp", "vision cosine"],
+    ]
+    for name, document, item in columns:
+        answer, kl = item["answer"], item["answer"]["kl"]
+        size = "" if document is None else f"{document['weight_bytes'] / 1e6:.2f} MB"
+        change = answer["perplexity"]
+        yield [
+            *[name, size, number(kl["mean"]), f"{answer['kl_error']:.1g}", number(kl["p90"])],
+            *[number(kl["p99"]), number(kl["highest"]), share(answer["top1"], 3)],
+            f"{change['change']:+.1e} ± {change['standard_error']:.0e}",
+            f"{100 * answer['rms_delta_p']:.2g} %",
+            f"{item['vision_cosine']:.6f}",
+        ]
+
+
+def action_rows(columns: Sequence[tuple[str, Document | None, Document]]) -> Iterator[list[str]]:
+    """Head and rows of the second table."""
+    yield [
+        *["", "limits", "same answer", "same kind of action", "same arguments", "click moved, mean / most"],
+        *["taps in the box", "95 %", "taps lost"],
+    ]
+    for name, document, item in columns:
+        actions = item["actions"]
+        hits, lost = actions["candidate_hits"], actions["lost"]
+        verdict = "" if document is None else "passed" if document["passed"] else "failed"
+        yield [
+            *[name, verdict, share(item["same_answers"], 1), share(actions["kinds"], 2)],
+            share(actions["arguments"], 2),
+            f"{number(actions['distance']['mean'])} / {number(actions['distance']['highest'])}",
+            *[share(hits, 2), f"{100 * hits['low']:.1f} to {100 * hits['high']:.1f}"],
+            f"{lost['hits']} of {lost['total']}",
+        ]
+
+
+def broken(documents: Mapping[str, Document]) -> Iterator[str]:
+    """A line for every recipe that failed."""
+    found = False
+    for name, document in documents.items():
+        items = [
+            f"{item['name']} {number(item['value'])} "
+            f"({'≤' if item['at_most'] else '≥'} {number(item['limit'])})"
+            for item in document["criteria"]
+            if not item["kept"]
+        ]
+        if items:
+            found = True
+            yield f"- `{name}`, by the limits of {document['limits']}: {'; '.join(items)}"
+    if not found:
+        yield "None."
+
+
+def share(value: Mapping[str, Any], digits: int) -> str:
+    """Percent, or what is there instead of one."""
+    return f"{100 * value['share']:.{digits}f} %" if value["total"] else "-"
+
+
+def markdown(rows: Iterator[list[str]]) -> str:
+    """A Markdown table; the first row is its head."""
+    head, *body = rows
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *body]
+    return "\n".join("| " + " | ".join(row) + " |" for row in lines)
 
 
 if __name__ == "__main__":

@@ -306,11 +306,15 @@ def test_levels_that_do_not_go_together_are_refused(checkpoint: Path) -> None:
     for levels, what in (
         (["int8"], "two or more"),
         (["int8", "int8"], "two or more"),
-        (["fp16", "int8"], "activations or accuracy_level"),
+        (["fp16", "int8"], "activations, accuracy_level or balance"),
     ):
         with pytest.raises(QuantError, match=what):
             Palette(opened, [resolve(level) for level in levels])
-    uneven = Recipe("uneven", "float32", 4, (Rule("*.v_proj.weight", None), *PRESETS["int4-all"].rules))
+    unbalanced = replace(PRESETS["int4-all"], balance=False)
+    with pytest.raises(QuantError, match="balance"):
+        Palette(opened, [PRESETS["int8"], unbalanced])
+    low = PRESETS["int4-all"]
+    uneven = replace(low, name="uneven", rules=(Rule("*.v_proj.weight", None), *low.rules))
     palette = Palette(opened, [PRESETS["int8"], uneven])
     with pytest.raises(QuantError, match=r"uneven stores the tensors of layers\.0\.attention"):
         palette.check_groups(group_tensors(palette.tensors))

@@ -298,10 +298,20 @@ def test_lost_taps_are_counted_among_those_that_the_reference_hits() -> None:
 
 @pytest.mark.parametrize(
     ("preset", "row"),
-    [("fp32", "fp32"), ("fp16", "fp16"), ("int8", "int8"), ("int4", "int4"), ("int4-mixed", "int4")],
+    [
+        *[("fp32", "fp32"), ("fp16", "fp16"), ("int8", "int8"), ("int4", "int4"), ("int4-mixed", "int4")],
+        *[("int4-all", "int4"), ("int3", "int4"), ("int2", "int4")],
+    ],
 )
 def test_a_recipe_is_judged_by_its_fewest_bits(preset: str, row: str) -> None:
     assert limits_for(PRESETS[preset].to_json()) is LIMITS[row]
+
+
+@pytest.mark.parametrize("level", [0, 1])
+def test_8_bits_with_float_activations_have_less_to_lose(level: int) -> None:
+    assert limits_for(PRESETS["int8"].with_(accuracy_level=level).to_json()) is LIMITS["int8-weights"]
+    assert limits_for(PRESETS["int4"].with_(accuracy_level=level).to_json()) is LIMITS["int4"]
+    assert LIMITS["int8-weights"].mean_kl < LIMITS["int8"].mean_kl
 
 
 def test_a_recipe_of_ones_own_without_rules_is_judged_by_its_activations() -> None:

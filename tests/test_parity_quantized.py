@@ -19,6 +19,9 @@ from PIL import Image
 from reference import reference_logits
 from test_parity import TOLERANCE, conversation
 
+from autoglm_edge.export.checkpoint import Checkpoint
+from autoglm_edge.export.options import ExportOptions
+from autoglm_edge.export.pipeline import prepare
 from autoglm_edge.quantize.formats import dequantize_rows, quantize_rows
 from autoglm_edge.quantize.recipe import Recipe, resolve
 
@@ -34,11 +37,13 @@ CASES = [
 ]
 
 
-def dequantized(model: Any, recipe: Recipe) -> Any:
-    """The reference with each matrix replaced by what its integers mean."""
+def dequantized(model: Any, checkpoint: Path, recipe: Recipe) -> Any:
+    """The reference with balanced channels, and each matrix replaced by what its integers mean."""
     rounded = copy.deepcopy(model)
+    store = prepare(Checkpoint.open(checkpoint), ExportOptions(recipe)).store
     with torch.no_grad():
         for name, parameter in rounded.named_parameters():
+            parameter.copy_(torch.tensor(store.rows(name, 0, len(parameter)).reshape(parameter.shape)))
             format = recipe.format_for(name)
             if format is None or not name.endswith("weight") or parameter.ndim < 2:
                 continue
@@ -68,7 +73,7 @@ def test_quantized_graphs_equal_torch_with_the_dequantized_weights(
     checkpoint = checkpoint_of(geometry, dtype="float32")
     engine = engine_of(checkpoint, precision, block_size=block, symmetric=symmetric, accuracy_level=0)
     recipe = resolve(precision).with_(block_size=block, symmetric=symmetric, accuracy_level=0)
-    reference = dequantized(reference_of(checkpoint), recipe)
+    reference = dequantized(reference_of(checkpoint), checkpoint, recipe)
     prompt = engine.prompt(conversation(pictures, 2))
 
     ours = engine.score(prompt.ids, pictures[:2])
