@@ -41,7 +41,7 @@ LIMITS = {
         Limits("fp16", 1e-5, 1e-4, 0.9995, 0.9999, 0.001),
         Limits("int8-weights", 1e-5, 3e-4, 0.9995, 0.9995, 0.003),
         Limits("int8", 1e-4, 2e-3, 0.9995, 0.999, 0.003),
-        Limits("int4", 1e-3, 2e-2, 0.999, 0.99, 0.003),
+        Limits("int4", 5e-4, 1e-2, 0.995, 0.99, 0.003),
     )
 }
 """By the fewest bits of a weight; int8-weights are 8 bits whose activations stay float. What has less than 4

@@ -1,6 +1,6 @@
 """The measurement can fail: recipes with too few bits do, on the trained model, and refined ones do not.
 
-A few newly drawn screens are enough to tell them apart; docs/parity/pocket.md has the figures of a thousand.
+A few newly drawn screens are enough to tell them apart; docs/parity/pocket.md has the figures of many.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def test_too_few_bits_fail_by_divergence(
     assert "ok    inputs that differ from the recorded ones: 0" in result.stdout
 
 
-@pytest.mark.parametrize(("precision", "refine"), [("int8", None), ("int4", "search")])
+@pytest.mark.parametrize(("precision", "refine"), [("int8", None), ("int4", None), ("int4", "gptq")])
 def test_recipes_that_are_meant_for_use_pass(
     precision: str, refine: str | None, reference: Path, tmp_path: Path
 ) -> None:
