@@ -29,7 +29,7 @@ from full_size import machine
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 
 from outlier_channels import inject, read_tensors, write_checkpoint
-from pocket_measure import THREADS, Workspace
+from pocket_measure import THREADS, Workspace, markdown
 
 from autoglm_edge.embedded import pocket_path
 from autoglm_edge.export.pipeline import export
@@ -113,14 +113,14 @@ def page(document: dict[str, Any]) -> str:
 def table(found: dict[str, Any]) -> str:
     """A row per recipe, a column per scale."""
     head = ["", *(f"s = {scale}" for scale in SCALES)]
-    lines = [head, ["---"] + ["---:"] * (len(head) - 1)]
+    rows = [head]
     for precision, level, balanced in KINDS:
         activations = {None: "", 4: ", 8-bit activations", 1: ", float activations"}[level]
         kind = "balanced" if balanced else "plain"
         how = "" if balanced or level is None else ", not balanced"
         cells = [f"{found[f'{precision}/{level or 0}/{scale}/{kind}']:.2e}" for scale in SCALES]
-        lines.append([precision + activations + how, *cells])
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+        rows.append([precision + activations + how, *cells])
+    return markdown(rows)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ from .forecast import Estimate, estimate_job
 from .journal import Entries, Journal, read_journal
 from .options import ExportOptions
 from .plan import PartPlan, Weight
-from .preparation import image_budget, prepare
+from .preparation import prepare
 from .progress import Progress, ProgressEvent, silent
 from .quantizer import RecipeQuantizer
 from .staging import MARGIN_BYTES, Staging, check_apart, check_output, nearest_folder, write_file
@@ -47,7 +47,6 @@ __all__ = [
     "ProgressEvent",
     "estimate",
     "export",
-    "image_budget",
     "prepare",
 ]
 

@@ -16,7 +16,7 @@ import os
 import pickle
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from functools import partial
@@ -272,6 +272,13 @@ def measure_all(workspace: Workspace) -> tuple[list[Variant], dict[str, dict[str
         _variant("auto-gptq", recipe.with_(refine="gptq"), "the same, its 4-bit matrices calibrated"),
     ]
     return [*chosen, *automatic], documents | workspace.measure(automatic)
+
+
+def markdown(rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table; the first row is its head."""
+    head, *body = rows
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *body]
+    return "\n".join("| " + " | ".join(row) + " |" for row in lines)
 
 
 def _draw(path: Path, seed: str, count: int) -> Path:

@@ -23,7 +23,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from pocket_measure import Variant, Workspace, measure_all
+from pocket_measure import Variant, Workspace, markdown, measure_all
 
 from autoglm_edge.parity.report import number
 
@@ -159,13 +159,6 @@ def broken(documents: Mapping[str, Document]) -> Iterator[str]:
 def share(value: Mapping[str, Any], digits: int) -> str:
     """Percent, or what is there instead of one."""
     return f"{100 * value['share']:.{digits}f} %" if value["total"] else "-"
-
-
-def markdown(rows: Iterator[list[str]]) -> str:
-    """A Markdown table; the first row is its head."""
-    head, *body = rows
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *body]
-    return "\n".join("| " + " | ".join(row) + " |" for row in lines)
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ from pocket_pool import GRIDS, open_pool, shrink
 from pocket_questions import inside, tapped_point
 from pocket_rows import RowMaker
 from pocket_screens import make_screen, render
-from pocket_training import ALL, Recipe, Schedule, make_batch
+from pocket_training import ALL, Recipe, Schedule, answered, collate, make_rows
 from pocket_vocabulary import LABELS
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -96,7 +96,7 @@ def learn(
         pool, mine = schedule.pool(index), schedule.indices(index, 0, defaults.batch)
         lesson = maker.lesson(pool.grid, random.Random(f"qat:{seed}:{index}"), 0.2, 600)
         seeds = [f"qat:{seed}:{index}:{item}" for item in range(defaults.batch)]
-        batch = make_batch(maker, pool, mine, lesson, seeds)
+        batch = collate(make_rows(maker, pool, mine, lesson, seeds), lesson, pool.pixels[mine])
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
             wanted = teacher.logits(batch)[0].float().log_softmax(-1)
         with torch.autocast("cpu", torch.bfloat16), parametrize.cached():
@@ -126,21 +126,13 @@ def score(teacher: PocketForward, student: PocketForward, maker: RowMaker, scree
     for index in range(screens):
         screen = make_screen(f"qat-test:{index}")
         row = maker.make(screen, random.Random(f"qat-test:{index}"), lesson)
-        batch = {
-            name: torch.from_numpy(getattr(row, name))[None]
-            for name in ("ids", "segments", "positions", "labels")
-        }
-        batch["image_start"] = torch.tensor([row.image_start])
-        batch["prefix"] = torch.from_numpy(lesson.prefix)
-        batch["pixels"] = torch.from_numpy(shrink(render(screen, 2), GRIDS[0]).copy())[None]
+        batch = collate([row], lesson, shrink(render(screen, 2), lesson.grid)[None].copy())
         wanted, got = (model.logits(batch)[0].log_softmax(-1) for model in (teacher, student))
         divergences.append((wanted.exp() * (wanted - got)).sum(-1))
         equal.append(wanted.argmax(-1) == got.argmax(-1))
-        segment = batch["segments"][batch["labels"] >= 0]
-        for number, question in enumerate(row.questions, 1):
+        for question, given, _ in answered(row, got.argmax(-1)):
             if question.box is not None:
-                answer = maker.decode(got[segment == number].argmax(-1).tolist())
-                hits.append(inside(tapped_point(answer), question.box))
+                hits.append(inside(tapped_point(maker.decode(given.tolist())), question.box))
     return {
         "answer_tokens": len(torch.cat(equal)),
         "mean_kl": torch.cat(divergences).mean().item(),

@@ -12,19 +12,20 @@ from __future__ import annotations
 import os
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F  # noqa: N812
 from pocket_model import PocketForward, make_model, make_optimizers, pointing_loss, rate_factor, reading_loss
 from pocket_pool import BACKGROUND, GRIDS, Pool, open_pool
-from pocket_questions import inside, tapped_point
-from pocket_rows import Ids, Lesson, RowMaker, shuffled
+from pocket_questions import Question, inside, tapped_point
+from pocket_rows import Ids, Lesson, Row, RowMaker, shuffled
 from pocket_tokenizer import VOCABULARY_SIZE
 from pocket_vocabulary import BUTTONS, LABELS
 from torch import Tensor
@@ -237,21 +238,39 @@ def _favour_buttons(pool: Pool, order: Ids, share: float, rng: np.random.Generat
     return np.where(rng.random(len(order)) < share, rng.choice(candidates, len(order)), order)
 
 
-def make_batch(maker: RowMaker, pool: Pool, indices: Ids, lesson: Lesson, seeds: list[str]) -> Batch:
-    """Tensors of one step: a row with fresh questions for each screen."""
-    rows = [
+def make_rows(maker: RowMaker, pool: Pool, indices: Ids, lesson: Lesson, seeds: list[str]) -> list[Row]:
+    """A row with fresh questions for each screen."""
+    return [
         maker.make(pool.screen(int(index)), random.Random(seed), lesson)
         for index, seed in zip(indices, seeds, strict=True)
     ]
+
+
+def collate(rows: list[Row], lesson: Lesson, pixels: npt.NDArray[np.uint8]) -> Batch:
+    """Tensors of one step: rows of a lesson, and their screens (B, H, W, 3)."""
     batch = {
         name: torch.from_numpy(np.stack([getattr(row, name) for row in rows]))
         for name in ("ids", "segments", "positions", "labels", "pointers", "sources")
     }
     batch["image_start"] = torch.tensor([row.image_start for row in rows])
     batch["prefix"] = torch.from_numpy(lesson.prefix)
-    batch["pixels"] = torch.from_numpy(pool.pixels[indices])
-    batch["cells"] = torch.from_numpy(pool.cells[indices]).long()
+    batch["pixels"] = torch.from_numpy(pixels)
     return batch
+
+
+def answered(row: Row, best: Tensor) -> Iterator[tuple[Question, Tensor, Tensor]]:
+    """Questions of a row, the tokens given for each, and those expected.
+
+    Args:
+        row: of L tokens.
+        best: likeliest token at every answer position of the row, in its order.
+    """
+    labels, segments = torch.from_numpy(row.labels), torch.from_numpy(row.segments)
+    is_answer = labels >= 0
+    target, segment = labels[is_answer], segments[is_answer]
+    for number, question in enumerate(row.questions, 1):
+        mine = segment == number
+        yield question, best[mine], target[mine]
 
 
 class Stage:
@@ -307,7 +326,9 @@ class Stage:
             rng = random.Random(f"lesson:{seed}:{index}")
             lesson = self._maker.lesson(pool.grid, rng, plan.history_share, plan.longest)
             seeds = [f"row:{seed}:{index}:{self._rank}:{item}" for item in range(self._share)]
-            batch = make_batch(self._maker, pool, mine, lesson, seeds)
+            rows = make_rows(self._maker, pool, mine, lesson, seeds)
+            batch = collate(rows, lesson, pool.pixels[mine])
+            batch["cells"] = torch.from_numpy(pool.cells[mine]).long()
             with torch.autocast("cpu", torch.bfloat16):
                 image = self._see(batch["pixels"])
                 hidden, watched = trained.read(batch, image, watch=True)
@@ -395,16 +416,13 @@ class Stage:
                 rng = random.Random(f"valid:{index}")
                 lesson = self._maker.lesson(pool.grid, rng, plan.history_share, plan.longest)
                 row = self._maker.make(pool.screen(index), random.Random(f"valid:{index}"), lesson)
-                batch = make_batch(self._maker, pool, np.array([index]), lesson, [f"valid:{index}"])
+                batch = collate([row], lesson, pool.pixels[index : index + 1])
                 with torch.autocast("cpu", torch.bfloat16):
                     best = self._trained.logits(batch)[0].argmax(-1)
-                segment = batch["segments"][batch["labels"] >= 0]
-                target = batch["labels"][batch["labels"] >= 0]
-                for number, question in enumerate(row.questions):
-                    mine = segment == number + 1
-                    answer = self._maker.decode(best[mine].tolist())
-                    exact.setdefault(question.kind, []).append(bool((best[mine] == target[mine]).all()))
+                for question, given, wanted in answered(row, best):
+                    exact.setdefault(question.kind, []).append(bool((given == wanted).all()))
                     if question.box is not None:
+                        answer = self._maker.decode(given.tolist())
                         hits.append(inside(tapped_point(answer), question.box))
             shown = {kind: f"{100 * sum(values) / len(values):.1f}" for kind, values in sorted(exact.items())}
             hit = f"{100 * sum(hits) / max(1, len(hits)):.1f} of {len(hits)}"

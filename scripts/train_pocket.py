@@ -73,12 +73,12 @@ def main(
         out.mkdir(parents=True, exist_ok=True)
         started = time.time()
         begin = None
+        tokenizer = train_tokenizer(tokenizer_texts())
         if start is not None and weights is None:
             work.mkdir(parents=True, exist_ok=True)
             begin = work / "start.pt"
-            tokenizer = train_tokenizer(tokenizer_texts())
             torch.save(carry_over(start, tokenizer, seed), begin)
-        save_tokenizer(train_tokenizer(tokenizer_texts()), out)
+        save_tokenizer(tokenizer, out)
         save_model(weights or train(recipe, out, work, begin), seed, out)
         save_sample(out)
         click.echo(f"saved {out} after {(time.time() - started) / 60:.1f} min", err=True)
