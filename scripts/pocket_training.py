@@ -416,7 +416,7 @@ class Stage:
                 rng = random.Random(f"valid:{index}")
                 lesson = self._maker.lesson(pool.grid, rng, plan.history_share, plan.longest)
                 row = self._maker.make(pool.screen(index), random.Random(f"valid:{index}"), lesson)
-                batch = collate([row], lesson, pool.pixels[index : index + 1])
+                batch = collate([row], lesson, pool.pixels[[index]])  # a copy: the pool is read-only
                 with torch.autocast("cpu", torch.bfloat16):
                     best = self._trained.logits(batch)[0].argmax(-1)
                 for question, given, wanted in answered(row, best):
