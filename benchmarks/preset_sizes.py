@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import math
 
-from autoglm_edge.quantize import PRESETS, Recipe
+from autoglm_edge.quantize import PRESETS, BlockFormat, ChannelFormat, Recipe
 
 PARTS = ("decoder", "embedding", "vision")
 LAYERS, BLOCKS = 40, 24
@@ -79,18 +79,38 @@ def sizes(recipe: Recipe) -> dict[str, int]:
     return total
 
 
+def prefill_size(recipe: Recipe) -> int | None:
+    """Bytes that the part for prompts adds; None if the recipe has no use for it.
+
+    Of the last layer it has the matrices of keys and values alone. Norms, biases, floats lie in the decoder.
+    """
+    recipe = recipe.for_layers(decoder=LAYERS, vision=BLOCKS)
+    total = 0
+    for name, shape in shapes().items():
+        if not name.startswith("model.language_model.layers.") or recipe.activations != "float32":
+            continue
+        last = f".{LAYERS - 1}." in name and not name.endswith(("k_proj.weight", "v_proj.weight"))
+        if isinstance(recipe.format_for(name), BlockFormat) and not last:
+            total += ChannelFormat().size_bytes(*shape)
+    return total or None
+
+
 def main() -> None:
     """Compute and print."""
     weights = sum(math.prod(shape) for shape in shapes().values())
     results = {}
-    print("| preset | decoder with head | embedding | vision | all | bytes per weight |")
-    print("|---|---|---|---|---|---|")
+    print(
+        "| preset | decoder with head | embedding | vision | all | bytes per weight | `--prefill int8` adds |"
+    )
+    print("|---|---|---|---|---|---|---|")
     for name, recipe in PRESETS.items():
         parts = sizes(recipe)
         everything = sum(parts.values())
-        results[name] = {**parts, "total": everything}
+        prefill = prefill_size(recipe)
+        results[name] = {**parts, "total": everything, "prefill": prefill}
         cells = " | ".join(f"{size / 1e9:.2f} GB" for size in (*parts.values(), everything))
-        print(f"| `{name}` | {cells} | {everything / weights:.3f} |")
+        adds = "–" if prefill is None else f"{prefill / 1e9:.2f} GB"
+        print(f"| `{name}` | {cells} | {everything / weights:.3f} | {adds} |")
     print(json.dumps({"benchmark": "preset_sizes", "weights": weights, "results_bytes": results}))
 
 

@@ -1,5 +1,12 @@
 """Number formats of weights, how their integers are chosen, and recipes that say which tensor gets which."""
 
+from .channels import (
+    ChannelFormat,
+    QuantizedChannels,
+    WeightFormat,
+    dequantize_channels,
+    quantize_channels,
+)
 from .formats import BlockFormat, Quantized, dequantize_rows, quantize_rows
 from .gptq import GptqFactor, factor, gptq_rows
 from .recipe import PRESETS, Recipe, Rule, read_recipe, resolve
@@ -9,14 +16,19 @@ from .rule import Refinement
 __all__ = [
     "PRESETS",
     "BlockFormat",
+    "ChannelFormat",
     "GptqFactor",
     "Quantized",
+    "QuantizedChannels",
     "Recipe",
     "Refinement",
     "Rule",
+    "WeightFormat",
+    "dequantize_channels",
     "dequantize_rows",
     "factor",
     "gptq_rows",
+    "quantize_channels",
     "quantize_rows",
     "read_recipe",
     "resolve",

@@ -220,6 +220,35 @@ def check_rows(rows: NDArray[np.float32], scale_dtype: str) -> None:
         raise QuantError(f"scale dtype is {scale_dtype!r}, must be float32 or float16")
 
 
+def check_values(
+    values: NDArray[np.float32], largest: NDArray[np.float32], scale_dtype: str, first_row: int
+) -> None:
+    """Refuse weights that would not come back finite.
+
+    Args:
+        values: to be quantized.
+        largest: magnitudes that bound them; nan if there is one.
+        scale_dtype: the dtype that the scales are stored in.
+        first_row: of the matrix, for the error.
+
+    Raises:
+        QuantError: a weight is not finite or too large.
+    """
+    limit = LARGEST_WEIGHT[scale_dtype]
+    if largest.max() <= limit:  # false with nan, too
+        return
+    if np.isnan(values).any():
+        found = "nan"
+    elif np.isinf(values).any():
+        found = "inf"
+    else:
+        found = f"{float(np.abs(values).max()):.3g}"
+    raise QuantError(
+        f"a weight at or after row {first_row} is {found}, but with {scale_dtype} scales weights must be "
+        f"finite and at most {limit:.3g} in magnitude; check the checkpoint, or keep this tensor float"
+    )
+
+
 class Chunks:
     """A matrix cut into chunks of whole rows that stay in cache, and the arrays that its integers go to.
 
@@ -309,10 +338,7 @@ class Rounder:
         # reduceat over a flat array takes two thirds of the time of max(axis=1) on short rows.
         high = np.maximum.reduceat(flat, self.starts[:count])
         low = np.minimum.reduceat(flat, self.starts[:count])
-        limit = LARGEST_WEIGHT[scale_dtype]
-        # Written so that nan fails too.
-        if not (high.max() <= limit and low.min() >= -limit):
-            _refuse(values, scale_dtype, first_row)
+        check_values(values, np.maximum(high, -low), scale_dtype, first_row)
 
         if fmt.symmetric:
             scales = np.where(high >= -low, high, low)
@@ -370,21 +396,6 @@ def _pack_pairs(integers: NDArray[np.uint8], out: NDArray[np.uint8]) -> None:
     pairs = integers.reshape(-1).view("<u2")  # low byte: the earlier weight
     np.bitwise_or(pairs, pairs >> np.uint16(4), out=pairs)
     np.copyto(out.reshape(-1), pairs, casting="unsafe")  # keeps the low byte
-
-
-def _refuse(values: NDArray[np.float32], scale_dtype: ScaleDtype, first_row: int) -> None:
-    """Name the kind of weight that cannot be quantized."""
-    if np.isnan(values).any():
-        found = "nan"
-    elif np.isinf(values).any():
-        found = "inf"
-    else:
-        found = f"{float(np.abs(values).max()):.3g}"
-    raise QuantError(
-        f"a weight at or after row {first_row} is {found}, but with {scale_dtype} scales weights must be "
-        f"finite and at most {LARGEST_WEIGHT[scale_dtype]:.3g} in magnitude; check the checkpoint, or keep "
-        "this tensor float"
-    )
 
 
 def _check(quantized: Quantized, fmt: BlockFormat, columns: int) -> None:

@@ -19,27 +19,38 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 from autoglm_edge.errors import QuantError
 
+from .channels import ChannelFormat, WeightFormat
 from .formats import BlockFormat
 from .rule import Refinement
 from .rule import Rule as Rule
+from .rule_reading import (
+    DEFAULT_BLOCK_SIZE,
+    DEFAULT_SYMMETRIC,
+    exact_keys,
+    known_keys,
+    of_type,
+    rule_from_json,
+    rule_from_toml,
+)
 
 Activations = Literal["float32", "float16"]
+
+Prefill = Literal["none", "int8"]
+"""Whether a bundle gets a second form of the decoder's layers, to fill the cache with: "int8", or "none"."""
+
+PREFILLS: tuple[Prefill, ...] = get_args(Prefill)
 
 ALWAYS_FLOAT = ("*.bias", "*norm*", "model.visual.patch_embed.*", "model.visual.embeddings.*")
 """Name patterns of tensors that no rule reaches: biases, norms, patch embedding, table of positions."""
 
-FLOAT_BITS: dict[int, str] = {32: "float32", 16: "float16"}
 FLOAT_PRESETS = {"float32": "fp32", "float16": "fp16"}
 """Preset that keeps everything float, by its activations."""
 
-RULE_KEYS = ("pattern", "bits", "block_size", "symmetric", "keep", "layers", "refine")
-FILE_KEYS = ("name", "base", "activations", "accuracy_level", "balance", "rule")
-DEFAULT_BLOCK_SIZE = {2: 64, 3: 64, 4: 64, 8: 128}
-DEFAULT_SYMMETRIC = {2: False, 3: False, 4: False, 8: True}
+FILE_KEYS = ("name", "base", "activations", "accuracy_level", "balance", "prefill", "rule")
 
 
 @dataclass(frozen=True)
@@ -54,6 +65,7 @@ class Recipe:
         rules: the first that matches decides.
         balance: whether channels that are large in activations and small in weights, or the other way round,
             are evened out before anything is quantized. It does not change what the model computes.
+        prefill: "int8" for a second form of the decoder's layers, 8 bits per channel, that reads prompts.
     """
 
     name: str
@@ -61,6 +73,7 @@ class Recipe:
     accuracy_level: int
     rules: tuple[Rule, ...]
     balance: bool = False
+    prefill: Prefill = "none"
 
     def __post_init__(self) -> None:
         if not self.name.strip():
@@ -73,10 +86,21 @@ class Recipe:
             raise QuantError(f"recipe {self.name}: accuracy_level is {self.accuracy_level!r}, must be 0 to 4")
         if not isinstance(self.balance, bool):
             raise QuantError(f"recipe {self.name}: balance is {self.balance!r}, must be true or false")
-        if self.balance and all(rule.format is None for rule in self.rules):
-            _refuse_for_floats(self, balance=True)
+        if self.prefill not in PREFILLS:
+            raise QuantError(f"recipe {self.name}: prefill is {self.prefill!r}, must be none or int8")
+        if all(rule.format is None for rule in self.rules):
+            _refuse_for_floats(
+                self, balance=self.balance or None, prefill=None if self.prefill == "none" else self.prefill
+            )
+        if self.activations != "float32":
+            _refuse_integers(self)
 
-    def format_for(self, name: str) -> BlockFormat | None:
+    @property
+    def multiplies_blocks(self) -> bool:
+        """Whether a rule stores a matrix of a product in blocks; the embedding's table is looked up."""
+        return any(isinstance(rule.format, BlockFormat) and rule.pattern != _EMBEDDING for rule in self.rules)
+
+    def format_for(self, name: str) -> WeightFormat | None:
         """The format of a checkpoint tensor, or None if it stays float.
 
         Raises:
@@ -123,20 +147,30 @@ class Recipe:
         activations: Activations | None = None,
         accuracy_level: int | None = None,
         refine: Refinement | None = None,
+        prefill: Prefill | None = None,
     ) -> Recipe:
         """A changed copy; None keeps what there is.
 
         `block_size`, `symmetric` and `refine` change the rules with the fewest bits only: the 4-bit ones of
-        int4, int4-mixed and int4-all, hence not the 8-bit head, embedding and vision; and all of int8.
+        int4, int4-mixed and int4-all, hence not the 8-bit head, embedding and vision; and all of int8-blocks.
+
+        Matrix units take float32 activations only, so with float16 a preset that has a few matrices in that
+        form, as int4 has in vision, stores them in blocks of 128; int8 itself, and a recipe of your own, are
+        refused.
 
         Raises:
-            QuantError: a change that means nothing to a recipe that quantizes nothing, or contradicts it, or
-                a value that is not allowed.
+            QuantError: a change that means nothing to the recipe, or contradicts it, or a value that is not
+                allowed.
         """
         rules = self.rules
+        if activations == "float16" and self.name != "int8" and self == PRESETS.get(self.name):
+            rules = tuple(_in_blocks(rule) for rule in rules)
         formats = [rule.format for rule in rules if rule.format is not None]
         if formats:
             bits = min(form.bits for form in formats)
+            _refuse_for_channels(self, bits, block_size=block_size, symmetric=symmetric)
+            if accuracy_level is not None:
+                _check_level(self)
             rules = tuple(_changed(rule, bits, block_size, symmetric, refine) for rule in rules)
         else:
             _refuse_for_floats(
@@ -145,6 +179,7 @@ class Recipe:
                 symmetric=symmetric,
                 accuracy_level=accuracy_level,
                 refine=refine,
+                prefill=None if prefill == "none" else prefill,
             )
             if activations in FLOAT_PRESETS and activations != self.activations:
                 raise QuantError(
@@ -156,7 +191,18 @@ class Recipe:
             rules=rules,
             activations=self.activations if activations is None else activations,
             accuracy_level=self.accuracy_level if accuracy_level is None else accuracy_level,
+            prefill=self.prefill if prefill is None else prefill,
         )
+
+    def for_prefill(self) -> Recipe:
+        """How the second form of the decoder stores things: per channel what is in blocks, the rest alike."""
+        rules = (
+            replace(rule, format=ChannelFormat(), refine="none")
+            if isinstance(rule.format, BlockFormat)
+            else rule
+            for rule in self.rules
+        )
+        return replace(self, rules=tuple(rules), prefill="none")
 
     def check_names(self, names: Collection[str]) -> None:
         """Refuse a rule that decides nothing about a checkpoint, most likely for a slip in its pattern.
@@ -180,6 +226,17 @@ class Recipe:
                 raise QuantError(
                     f"{where} matches only tensors that always stay float, such as {matched[0]}; remove it"
                 )
+        if isinstance(self.format_for(_EMBEDDING), ChannelFormat):
+            raise QuantError(
+                f"recipe {self.name} stores {_EMBEDDING} with a scale per channel, but it is looked up row "
+                "by row and multiplied with nothing; give it blocks, or keep it float"
+            )
+        layers = [name for name in names if fnmatchcase(name, _DECODER)]
+        if self.prefill != "none" and not any(isinstance(self.format_for(n), BlockFormat) for n in layers):
+            raise QuantError(
+                f"recipe {self.name} stores no matrix of the decoder's layers in blocks, so prefill = "
+                f'"{self.prefill}" would change nothing; leave it out'
+            )
 
     def to_json(self) -> dict[str, Any]:
         """The recipe as JSON values, as a manifest records it."""
@@ -188,6 +245,7 @@ class Recipe:
             "activations": self.activations,
             "accuracy_level": self.accuracy_level,
             "balance": self.balance,
+            "prefill": self.prefill,
             "rules": [rule.to_json() for rule in self.rules],
         }
 
@@ -199,17 +257,19 @@ class Recipe:
             QuantError: a key too many or missing, or a value of a wrong type or out of range.
         """
         where = "recipe"
-        document = {"balance": False, **document}  # bundles of version 0.1.0 do not speak of it
-        _exact_keys(document, ("name", "activations", "accuracy_level", "balance", "rules"), where)
-        rules = _of_type(document, "rules", list, where)
+        document = {"balance": False, "prefill": "none", **document}  # absent where they mean nothing
+        keys = ("name", "activations", "accuracy_level", "balance", "prefill", "rules")
+        exact_keys(document, keys, where)
+        rules = of_type(document, "rules", list, where)
         return cls(
-            name=_of_type(document, "name", str, where),
-            activations=cast(Activations, _of_type(document, "activations", str, where)),
-            accuracy_level=_of_type(document, "accuracy_level", int, where),
+            name=of_type(document, "name", str, where),
+            activations=cast(Activations, of_type(document, "activations", str, where)),
+            accuracy_level=of_type(document, "accuracy_level", int, where),
             rules=tuple(
-                _rule_from_json(rule, f"recipe rule {number}") for number, rule in enumerate(rules, 1)
+                rule_from_json(rule, f"recipe rule {number}") for number, rule in enumerate(rules, 1)
             ),
-            balance=_of_type(document, "balance", bool, where),
+            balance=of_type(document, "balance", bool, where),
+            prefill=cast(Prefill, of_type(document, "prefill", str, where)),
         )
 
 
@@ -228,32 +288,35 @@ def read_recipe(path: str | Path) -> Recipe:
     except (ValueError, RecursionError) as error:  # not TOML, not UTF-8, or nested without end
         raise QuantError(f"the recipe {path} is not TOML: {error}") from error
     where = str(path)
-    _known_keys(document, FILE_KEYS, where)
+    known_keys(document, FILE_KEYS, where)
     base = None
     if "base" in document:
-        base = _preset(_of_type(document, "base", str, where), f'{where}: base = "{document["base"]}"')
+        base = _preset(of_type(document, "base", str, where), f'{where}: base = "{document["base"]}"')
     activations = base.activations if base else "float32"
     if "activations" in document:
-        activations = cast(Activations, _of_type(document, "activations", str, where))
-    level = _of_type(document, "accuracy_level", int, where) if "accuracy_level" in document else 4
-    tables = _of_type(document, "rule", list, where) if "rule" in document else []
+        activations = cast(Activations, of_type(document, "activations", str, where))
+    level = of_type(document, "accuracy_level", int, where) if "accuracy_level" in document else 4
+    tables = of_type(document, "rule", list, where) if "rule" in document else []
     if not tables and base is None:
         raise QuantError(
             f"{where} has neither a [[rule]] nor a base, so it would quantize nothing; use precision fp32"
         )
     rules = tuple(
-        _rule_from_toml(table, activations, f"{where}: rule {n}") for n, table in enumerate(tables, 1)
+        rule_from_toml(table, activations, f"{where}: rule {n}") for n, table in enumerate(tables, 1)
     )
+    if base and activations == "float16":
+        base = base if all(rule.format is None for rule in base.rules) else base.with_(activations="float16")
     balance = base.balance if base else any(rule.format is not None for rule in rules)
     recipe = Recipe(
-        name=_of_type(document, "name", str, where) if "name" in document else path.stem,
+        name=of_type(document, "name", str, where) if "name" in document else path.stem,
         activations=activations,
         accuracy_level=base.accuracy_level if base and "accuracy_level" not in document else level,
         rules=rules + (base.rules if base else ()),
-        balance=_of_type(document, "balance", bool, where) if "balance" in document else balance,
+        balance=of_type(document, "balance", bool, where) if "balance" in document else balance,
+        prefill=cast(Prefill, of_type(document, "prefill", str, where)) if "prefill" in document else "none",
     )
-    if "accuracy_level" in document and all(rule.format is None for rule in recipe.rules):
-        _refuse_for_floats(recipe, accuracy_level=level)
+    if "accuracy_level" in document:
+        _check_level(recipe)
     return recipe
 
 
@@ -283,6 +346,50 @@ def _refuse_for_floats(recipe: Recipe, **changes: object) -> None:
         )
 
 
+def _refuse_integers(recipe: Recipe) -> None:
+    """Refuse activations that matrix units do not take."""
+    if recipe.prefill != "none":
+        raise QuantError(
+            f'recipe {recipe.name}: prefill = "{recipe.prefill}" needs float32 activations, they are '
+            f"{recipe.activations}; leave one of the two out"
+        )
+    for rule in recipe.rules:
+        if isinstance(rule.format, ChannelFormat):
+            raise QuantError(
+                f"recipe {recipe.name} stores {rule.pattern} with a scale per channel, which needs float32 "
+                f"activations, they are {recipe.activations}; take blocks, as in the preset int8-blocks"
+            )
+
+
+def _refuse_for_channels(recipe: Recipe, bits: int, **changes: object) -> None:
+    """Refuse what only says how blocks are stored, where the rules to be changed have none."""
+    useless = [key for key, value in changes.items() if value is not None]
+    per_channel = [
+        rule for rule in recipe.rules if isinstance(rule.format, ChannelFormat) and rule.format.bits == bits
+    ]
+    if useless and per_channel:
+        raise QuantError(
+            f"recipe {recipe.name} stores {per_channel[0].pattern} with a scale per channel, so {useless[0]} "
+            "means nothing; leave it out, or take int8-blocks"
+        )
+
+
+def _check_level(recipe: Recipe) -> None:
+    """Refuse an accuracy level that no product reads; the embedding is looked up."""
+    if all(rule.format is None for rule in recipe.rules):
+        _refuse_for_floats(recipe, accuracy_level=recipe.accuracy_level)
+    if not recipe.multiplies_blocks:
+        raise QuantError(
+            f"recipe {recipe.name} multiplies no matrix in blocks, so accuracy_level means nothing; leave it "
+            "out, or take int8-blocks"
+        )
+
+
+def _in_blocks(rule: Rule) -> Rule:
+    """The rule with blocks in place of channels, as the preset int8-blocks has them."""
+    return replace(rule, format=INT8) if isinstance(rule.format, ChannelFormat) else rule
+
+
 def _preset(name: str, where: str) -> Recipe:
     if name not in PRESETS:
         raise QuantError(f"{where} is unknown, must be one of {', '.join(PRESETS)}, or a .toml file")
@@ -295,6 +402,8 @@ def _changed(
     form = rule.format
     if form is None or form.bits != bits:
         return rule
+    if isinstance(form, ChannelFormat):
+        return rule if refine is None else replace(rule, refine=refine)
     return replace(
         rule,
         format=BlockFormat(
@@ -306,82 +415,11 @@ def _changed(
     )
 
 
-def _rule_from_toml(table: Any, activations: str, where: str) -> Rule:
-    if not isinstance(table, dict):
-        raise QuantError(f"{where} is {table!r}, must be a [[rule]] table")
-    _known_keys(table, RULE_KEYS, where)
-    pattern = _of_type(table, "pattern", str, where)
-    layers = _of_type(table, "layers", str, where) if "layers" in table else None
-    keep = _of_type(table, "keep", bool, where) if "keep" in table else False
-    if keep == ("bits" in table):
-        raise QuantError(f"{where} must have either bits or keep = true")
-    bits = 0 if keep else _of_type(table, "bits", int, where)
-    if keep or bits in FLOAT_BITS:
-        if useless := sorted({"block_size", "refine", "symmetric"} & set(table)):
-            raise QuantError(f"{where} keeps {pattern} float, so {useless[0]} means nothing; remove it")
-        if bits in FLOAT_BITS and FLOAT_BITS[bits] != activations:
-            raise QuantError(
-                f"{where} asks for {bits}-bit floats, but floats are stored like the activations, which are "
-                f"{activations}; write keep = true, or change activations"
-            )
-        return Rule(pattern, None, layers)
-    if bits not in DEFAULT_BLOCK_SIZE:
-        raise QuantError(f"{where} has bits = {bits}, must be 2, 3, 4, 8, 16 or 32")
-    size = _of_type(table, "block_size", int, where) if "block_size" in table else DEFAULT_BLOCK_SIZE[bits]
-    symmetric = _of_type(table, "symmetric", bool, where) if "symmetric" in table else DEFAULT_SYMMETRIC[bits]
-    refine = cast(Refinement, _of_type(table, "refine", str, where)) if "refine" in table else "none"
-    try:
-        return Rule(pattern, BlockFormat(bits, size, symmetric), layers, refine)
-    except QuantError as error:
-        raise QuantError(f"{where}: {error}") from error
-
-
-def _rule_from_json(rule: Any, where: str) -> Rule:
-    if not isinstance(rule, dict):
-        raise QuantError(f"{where} is {rule!r}, must be an object")
-    # Bundles of version 0.1.0 say nothing of refinement: they have none.
-    rule = {"refine": "none", **rule}
-    _exact_keys(rule, ("pattern", "format", "layers", "refine"), where)
-    layers = None if rule["layers"] is None else _of_type(rule, "layers", str, where)
-    refine = cast(Refinement, _of_type(rule, "refine", str, where))
-    form = rule["format"]
-    if form is None:
-        return Rule(_of_type(rule, "pattern", str, where), None, layers, refine)
-    if not isinstance(form, dict):
-        raise QuantError(f"{where}: format is {form!r}, must be an object or null")
-    _exact_keys(form, ("bits", "block_size", "symmetric"), f"{where}: format")
-    block = BlockFormat(
-        _of_type(form, "bits", int, where),
-        _of_type(form, "block_size", int, where),
-        _of_type(form, "symmetric", bool, where),
-    )
-    return Rule(_of_type(rule, "pattern", str, where), block, layers, refine)
-
-
-def _exact_keys(document: Mapping[str, Any], keys: tuple[str, ...], where: str) -> None:
-    _known_keys(document, keys, where)
-    if missing := [key for key in keys if key not in document]:
-        raise QuantError(f"{where} lacks the key {missing[0]!r}")
-
-
-def _known_keys(document: Mapping[str, Any], keys: tuple[str, ...], where: str) -> None:
-    if extra := [key for key in document if key not in keys]:
-        raise QuantError(f"{where} has the unknown key {extra[0]!r}; known keys are {', '.join(keys)}")
-
-
-def _of_type(document: Mapping[str, Any], key: str, kind: type, where: str) -> Any:
-    if key not in document:
-        raise QuantError(f"{where} lacks the key {key!r}")
-    value = document[key]
-    if not isinstance(value, kind) or isinstance(value, bool) is not (kind is bool):
-        raise QuantError(f"{where}: {key} is {value!r}, must be of type {kind.__name__}")
-    return value
-
-
 INT2 = BlockFormat(bits=2, block_size=DEFAULT_BLOCK_SIZE[2], symmetric=DEFAULT_SYMMETRIC[2])
 INT3 = BlockFormat(bits=3, block_size=DEFAULT_BLOCK_SIZE[3], symmetric=DEFAULT_SYMMETRIC[3])
 INT4 = BlockFormat(bits=4, block_size=DEFAULT_BLOCK_SIZE[4], symmetric=DEFAULT_SYMMETRIC[4])
 INT8 = BlockFormat(bits=8, block_size=DEFAULT_BLOCK_SIZE[8], symmetric=DEFAULT_SYMMETRIC[8])
+CHANNELS = ChannelFormat()
 
 _DECODER = "model.language_model.layers.*"
 _EMBEDDING = "model.language_model.embed_tokens.weight"
@@ -389,9 +427,11 @@ _HEAD = "lm_head.weight"
 _VISION = "model.visual.*"
 
 
-def _everything(decoder: BlockFormat, rest: BlockFormat) -> tuple[Rule, ...]:
-    """Rules for the decoder's layers, and for head, embedding and vision."""
-    return (Rule(_DECODER, decoder), Rule(_HEAD, rest), Rule(_EMBEDDING, rest), Rule(_VISION, rest))
+def _everything(
+    layers: WeightFormat, head: WeightFormat, table: BlockFormat, vision: WeightFormat
+) -> tuple[Rule, ...]:
+    """Rules for the decoder's layers, head, embedding and vision."""
+    return (Rule(_DECODER, layers), Rule(_HEAD, head), Rule(_EMBEDDING, table), Rule(_VISION, vision))
 
 
 # The mixed recipes of llama.cpp and onnxruntime-genai both give more bits to the values and the way down, in
@@ -407,12 +447,19 @@ PRESETS: Mapping[str, Recipe] = MappingProxyType(
         for recipe in (
             Recipe("fp32", "float32", 0, ()),
             Recipe("fp16", "float16", 0, ()),
-            Recipe("int8", "float32", 4, _everything(INT8, INT8), balance=True),
-            Recipe("int4", "float32", 4, _everything(INT4, INT8), balance=True),
-            Recipe("int4-mixed", "float32", 4, _SENSITIVE + _everything(INT4, INT8), balance=True),
-            Recipe("int4-all", "float32", 4, _everything(INT4, INT4), balance=True),
-            Recipe("int3", "float32", 4, _everything(INT3, INT8), balance=True),
-            Recipe("int2", "float32", 4, _everything(INT2, INT8), balance=True),
+            Recipe("int8", "float32", 4, _everything(CHANNELS, CHANNELS, INT8, CHANNELS), balance=True),
+            Recipe("int8-blocks", "float32", 4, _everything(INT8, INT8, INT8, INT8), balance=True),
+            Recipe("int4", "float32", 4, _everything(INT4, INT8, INT8, CHANNELS), balance=True),
+            Recipe(
+                "int4-mixed",
+                "float32",
+                4,
+                _SENSITIVE + _everything(INT4, INT8, INT8, CHANNELS),
+                balance=True,
+            ),
+            Recipe("int4-all", "float32", 4, _everything(INT4, INT4, INT4, INT4), balance=True),
+            Recipe("int3", "float32", 4, _everything(INT3, INT8, INT8, CHANNELS), balance=True),
+            Recipe("int2", "float32", 4, _everything(INT2, INT8, INT8, CHANNELS), balance=True),
         )
     }
 )

@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 
 from autoglm_edge.errors import QuantError
 
-from .formats import BlockFormat
+from .channels import ChannelFormat, WeightFormat
 
 Refinement = Literal["none", "search", "gptq"]
 """How integers are chosen. none: each weight goes to the nearest; search: with the scale and zero
@@ -42,7 +42,7 @@ class Rule:
     """
 
     pattern: str
-    format: BlockFormat | None
+    format: WeightFormat | None
     layers: str | None = None
     refine: Refinement = "none"
 
@@ -58,6 +58,11 @@ class Rule:
             raise QuantError(
                 f'the rule for {self.pattern} keeps it float, so refine = "{self.refine}" means nothing; '
                 "remove it"
+            )
+        if isinstance(self.format, ChannelFormat) and self.refine == "gptq":
+            raise QuantError(
+                f'the rule for {self.pattern} has refine = "gptq" with a scale per channel, which rounds for '
+                'blocks only; take refine = "search" or "none", or blocks, as in the preset int8-blocks'
             )
         if self.layers is None:
             return
@@ -132,11 +137,11 @@ class Rule:
     def to_json(self) -> dict[str, Any]:
         """The rule as JSON values."""
         form = self.format
-        stored = (
-            None
-            if form is None
-            else {"bits": form.bits, "block_size": form.block_size, "symmetric": form.symmetric}
-        )
+        stored: dict[str, Any] | None = None
+        if isinstance(form, ChannelFormat):
+            stored = {"bits": form.bits, "per": "channel", "groups": form.groups}
+        elif form is not None:
+            stored = {"bits": form.bits, "block_size": form.block_size, "symmetric": form.symmetric}
         return {"pattern": self.pattern, "format": stored, "layers": self.layers, "refine": self.refine}
 
 

@@ -14,11 +14,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from autoglm_edge.errors import QuantError
-from autoglm_edge.quantize import PRESETS, BlockFormat, Recipe, Rule, read_recipe, resolve
+from autoglm_edge.quantize import (
+    PRESETS,
+    BlockFormat,
+    ChannelFormat,
+    Recipe,
+    Rule,
+    WeightFormat,
+    read_recipe,
+    resolve,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 INT4, INT8 = BlockFormat(4, 64, False), BlockFormat(8, 128, True)
-INTEGERS = ["int8", "int4", "int4-mixed", "int4-all", "int3", "int2"]
+CHANNELS = ChannelFormat()
+INTEGERS = ["int8", "int8-blocks", "int4", "int4-mixed", "int4-all", "int3", "int2"]
 
 
 def _script(name: str) -> ModuleType:
@@ -38,10 +48,10 @@ FLOAT_MATRICES = {
 }
 
 
-def _by_format(recipe: Recipe) -> dict[BlockFormat | None, set[str]]:
+def _by_format(recipe: Recipe) -> dict[WeightFormat | None, set[str]]:
     """Checkpoint tensors of the 9B by the format they get."""
     recipe = recipe.for_layers(decoder=40, vision=24)
-    groups: dict[BlockFormat | None, set[str]] = {}
+    groups: dict[WeightFormat | None, set[str]] = {}
     for name in SHAPES:
         groups.setdefault(recipe.format_for(name), set()).add(name)
     return groups
@@ -88,19 +98,27 @@ def test_integer_presets_quantize_every_other_matrix_and_use_the_fast_kernel(nam
     assert PRESETS[name].accuracy_level == 4
 
 
-def test_int8_and_int4_all_have_one_format_each():
-    assert set(_by_format(PRESETS["int8"])) == {None, INT8}
+def test_int8_blocks_and_int4_all_have_one_format_each():
+    assert set(_by_format(PRESETS["int8-blocks"])) == {None, INT8}
     assert set(_by_format(PRESETS["int4-all"])) == {None, INT4}
 
 
-def test_int4_gives_the_decoder_4_bits_and_head_embedding_and_vision_8():
+def test_int8_is_for_integer_units_but_for_the_embedding_that_is_looked_up():
+    groups = _by_format(PRESETS["int8"])
+
+    assert set(groups) == {None, INT8, CHANNELS}
+    assert groups[INT8] == {"model.language_model.embed_tokens.weight"}
+
+
+def test_int4_gives_the_decoder_4_bits_head_and_embedding_8_and_vision_8_for_integer_units():
     groups = _by_format(PRESETS["int4"])
 
-    assert set(groups) == {None, INT4, INT8}
+    assert set(groups) == {None, INT4, INT8, CHANNELS}
     assert all(tensor.startswith("model.language_model.layers.") for tensor in groups[INT4])
     assert len(groups[INT4]) == 40 * 6
-    assert {"lm_head.weight", "model.language_model.embed_tokens.weight"} < groups[INT8]
-    assert {"model.visual.downsample.weight", "model.visual.merger.proj.weight"} < groups[INT8]
+    assert {"lm_head.weight", "model.language_model.embed_tokens.weight"} == groups[INT8]
+    assert {"model.visual.downsample.weight", "model.visual.merger.proj.weight"} < groups[CHANNELS]
+    assert all(tensor.startswith("model.visual.") for tensor in groups[CHANNELS])
 
 
 def test_int4_mixed_differs_from_int4_in_the_sensitive_layers_only():
@@ -118,7 +136,8 @@ def test_int4_mixed_differs_from_int4_in_the_sensitive_layers_only():
 def test_the_controls_differ_from_int4_in_the_bits_of_the_decoder_only_and_are_as_large(name, bits):
     control, plain = _by_format(PRESETS[name]), _by_format(PRESETS["int4"])
 
-    assert control == {BlockFormat(bits, 64, False): plain[INT4], INT8: plain[INT8], None: plain[None]}
+    same = {form: plain[form] for form in (INT8, CHANNELS, None)}
+    assert control == {BlockFormat(bits, 64, False): plain[INT4], **same}
     assert SIZES.sizes(PRESETS[name]) == SIZES.sizes(PRESETS["int4"])
 
 
@@ -286,14 +305,28 @@ def test_a_block_size_changes_the_4_bit_rules_only(name):
     assert changed.get(INT8) == before.get(INT8)
 
 
-def test_a_block_size_changes_all_rules_of_int8():
-    assert set(_by_format(PRESETS["int8"].with_(block_size=32))) == {None, BlockFormat(8, 32, True)}
+def test_a_block_size_changes_all_rules_of_int8_blocks():
+    assert set(_by_format(PRESETS["int8-blocks"].with_(block_size=32))) == {None, BlockFormat(8, 32, True)}
 
 
-def _refinements(recipe: Recipe) -> dict[BlockFormat | None, set[str]]:
+@pytest.mark.parametrize(
+    "change", [{"block_size": 32}, {"symmetric": True}, {"accuracy_level": 0}, {"refine": "gptq"}]
+)
+def test_what_is_for_blocks_is_refused_by_int8_which_has_none(change):
+    with pytest.raises(QuantError, match="int8-blocks"):
+        PRESETS["int8"].with_(**change)
+
+
+def test_scales_per_channel_can_be_searched():
+    groups = _refinements(PRESETS["int8"].with_(refine="search"))
+
+    assert groups == {None: {"none"}, INT8: {"search"}, CHANNELS: {"search"}}
+
+
+def _refinements(recipe: Recipe) -> dict[WeightFormat | None, set[str]]:
     """Refinements by the format they belong to."""
     recipe = recipe.for_layers(decoder=40, vision=24)
-    groups: dict[BlockFormat | None, set[str]] = {}
+    groups: dict[WeightFormat | None, set[str]] = {}
     for name in SHAPES:
         groups.setdefault(recipe.format_for(name), set()).add(recipe.refinement_for(name))
     return groups
@@ -352,20 +385,98 @@ def test_activations_that_contradict_a_float_recipe_are_refused(name, other):
 
 
 def test_with_changes_activations_and_accuracy_and_keeps_the_rest():
-    changed = PRESETS["int4"].with_(activations="float16", accuracy_level=0)
+    changed = PRESETS["int4-all"].with_(activations="float16", accuracy_level=0)
 
     assert (changed.activations, changed.accuracy_level) == ("float16", 0)
-    assert changed.rules == PRESETS["int4"].rules
+    assert changed.rules == PRESETS["int4-all"].rules
     assert PRESETS["int4"].with_() == PRESETS["int4"]
 
 
 @pytest.mark.parametrize(
     "change",
-    [{"block_size": 48}, {"activations": "bfloat16"}, {"accuracy_level": 5}, {"accuracy_level": True}],
+    [
+        {"block_size": 48},
+        {"activations": "bfloat16"},
+        {"accuracy_level": 5},
+        {"accuracy_level": True},
+        {"prefill": "int4"},
+    ],
 )
 def test_with_refuses_what_cannot_be(change):
     with pytest.raises(QuantError, match="must be"):
         PRESETS["int4"].with_(**change)
+
+
+@pytest.mark.parametrize("name", ["int4", "int4-mixed", "int3", "int2"])
+def test_a_preset_with_float16_activations_has_blocks_where_it_has_channels(name):
+    before = _by_format(PRESETS[name])
+    after = _by_format(PRESETS[name].with_(activations="float16"))
+
+    assert after == {
+        form: tensors | (before[CHANNELS] if form == INT8 else set())
+        for form, tensors in before.items()
+        if form != CHANNELS
+    }
+
+
+def test_a_file_on_a_preset_with_float16_activations_has_blocks_there_too(tmp_path):
+    recipe = read_recipe(_write(tmp_path, 'base = "int4"\nactivations = "float16"'))
+
+    assert recipe.rules == PRESETS["int4"].with_(activations="float16").rules
+
+
+def test_channels_with_float16_activations_are_refused_and_never_changed_in_a_recipe_of_ones_own(tmp_path):
+    mine = replace(PRESETS["int4"], name="mine")
+    text = 'activations = "float16"\n[[rule]]\npattern = "*visual*"\nbits = 8\nper = "channel"'
+
+    for attempt in (
+        lambda: PRESETS["int8"].with_(activations="float16"),
+        lambda: mine.with_(activations="float16"),
+        lambda: read_recipe(_write(tmp_path, text)),
+        lambda: read_recipe(_write(tmp_path, 'base = "int8"\nactivations = "float16"')),
+    ):
+        with pytest.raises(QuantError, match=r"needs float32 activations.*int8-blocks"):
+            attempt()
+
+
+# --- prefill
+
+
+def test_the_part_for_prompts_has_channels_for_blocks_and_the_rest_as_it_was():
+    recipe = replace(PRESETS["int4"], rules=(Rule("*.layers.1.*", None), *PRESETS["int4"].rules))
+    second = recipe.with_(prefill="int8").for_prefill()
+
+    assert second.format_for("model.language_model.layers.0.mlp.down_proj.weight") == CHANNELS
+    assert second.format_for("model.language_model.layers.1.mlp.down_proj.weight") is None
+    assert second.format_for("model.visual.downsample.weight") == CHANNELS
+    assert second.prefill == "none"
+
+
+@pytest.mark.parametrize("name", ["fp32", "fp16"])
+def test_a_part_for_prompts_means_nothing_to_floats(name):
+    with pytest.raises(QuantError, match="prefill means nothing"):
+        PRESETS[name].with_(prefill="int8")
+    assert PRESETS[name].with_(prefill="none") == PRESETS[name]
+
+
+def test_a_part_for_prompts_that_would_be_the_decoder_itself_is_refused():
+    recipe = PRESETS["int8"].with_(prefill="int8").for_layers(decoder=40, vision=24)
+
+    with pytest.raises(QuantError, match='prefill = "int8" would change nothing'):
+        recipe.check_names(SHAPES)
+    PRESETS["int4"].with_(prefill="int8").for_layers(decoder=40, vision=24).check_names(SHAPES)
+
+
+def test_a_part_for_prompts_needs_float32_activations():
+    with pytest.raises(QuantError, match='prefill = "int8" needs float32 activations'):
+        PRESETS["int4"].with_(prefill="int8", activations="float16")
+
+
+def test_a_table_that_is_looked_up_cannot_have_a_scale_per_channel():
+    recipe = Recipe("mine", "float32", 4, (Rule("*", CHANNELS),))
+
+    with pytest.raises(QuantError, match=r"embed_tokens.weight with a scale per channel.*give it blocks"):
+        recipe.check_names(SHAPES)
 
 
 # --- JSON
@@ -377,6 +488,20 @@ def test_a_recipe_survives_json(name):
         assert Recipe.from_json(json.loads(json.dumps(recipe.to_json()))) == recipe
 
 
+def _channel_rule(**changes: object) -> dict[str, object]:
+    stored = {"bits": 8, "per": "channel", "groups": 1} | changes
+    return {"pattern": "*", "format": stored, "layers": None}
+
+
+def test_a_recipe_without_a_word_on_prefill_has_none_and_blocks_are_written_as_ever():
+    document = PRESETS["int4"].with_(prefill="int8").to_json()
+    assert document.pop("prefill") == "int8"
+
+    assert Recipe.from_json(document) == PRESETS["int4"]
+    assert document["rules"][0]["format"] == {"bits": 4, "block_size": 64, "symmetric": False}
+    assert document["rules"][-1]["format"] == {"bits": 8, "per": "channel", "groups": 1}
+
+
 @pytest.mark.parametrize(
     "change, said",
     [
@@ -385,6 +510,14 @@ def test_a_recipe_survives_json(name):
         ({"accuracy_level": True}, "accuracy_level is True"),
         ({"activations": "int8"}, "must be float32 or float16"),
         ({"rules": {}}, "rules is {}"),
+        ({"prefill": "int4"}, "prefill is 'int4', must be none or int8"),
+        ({"prefill": True}, "prefill is True"),
+        ({"rules": [_channel_rule(bits=4)]}, "bits is 4 with a scale per channel"),
+        ({"rules": [_channel_rule(per="row")]}, "per is 'row', must be channel"),
+        ({"rules": [_channel_rule(groups=0)]}, "groups is 0"),
+        ({"rules": [_channel_rule(groups=True)]}, "groups is True"),
+        ({"rules": [_channel_rule(symmetric=True)]}, "unknown key 'symmetric'"),
+        ({"rules": [_channel_rule() | {"refine": "gptq"}]}, "rounds for blocks only"),
         ({"rules": [1]}, "rule 1 is 1"),
         ({"rules": [{"pattern": "*", "format": None}]}, "lacks the key 'layers'"),
         ({"rules": [{"pattern": "*", "format": 4, "layers": None}]}, "format is 4"),
@@ -536,6 +669,7 @@ RULE = '[[rule]]\npattern = "*"\n'
         ("", "neither a"),
         ('name = ""\nbase = "int4"', "empty name"),
         ('accuracy_level = 4\nbase = "fp32"', "accuracy_level means nothing"),
+        ('accuracy_level = 0\nbase = "int8"', "accuracy_level means nothing.*int8-blocks"),
         (RULE + 'bits = 4\nlayers = "7-3"', "count upwards"),
         ('name = "x"', "neither a"),
         ("a = [", "is not TOML"),
@@ -552,6 +686,20 @@ RULE = '[[rule]]\npattern = "*"\n'
         (RULE + 'bits = "4"', "bits is '4', must be of type int"),
         (RULE + "bits = 4.0", "bits is 4.0, must be of type int"),
         (RULE + "bits = 4\nblock_size = 48", "rule 1: block size is 48"),
+        (RULE + 'bits = 4\nper = "channel"', "rule 1: bits is 4 with a scale per channel, must be 8"),
+        (RULE + 'bits = 8\nper = "row"', "per is 'row', must be block or channel"),
+        (RULE + "bits = 8\nper = 1", "per is 1, must be of type str"),
+        (RULE + 'bits = 8\nper = "channel"\ngroups = 65', "rule 1: groups is 65, must be 1 to 64"),
+        (RULE + 'bits = 8\nper = "channel"\ngroups = "2"', "groups is '2', must be of type int"),
+        (
+            RULE + 'bits = 8\nper = "channel"\nblock_size = 32',
+            "scale per channel, so block_size means nothing",
+        ),
+        (RULE + "bits = 8\ngroups = 2", "scale per block, so groups means nothing"),
+        (RULE + 'bits = 8\nper = "channel"\nrefine = "gptq"', "rule 1: .*rounds for blocks only"),
+        (RULE + 'keep = true\nper = "channel"', "per means nothing"),
+        ('base = "int4"\nprefill = "int4"', "prefill is 'int4', must be none or int8"),
+        ('base = "fp32"\nprefill = "int8"', "prefill means nothing"),
         (RULE + "bits = 4\nsymmetric = 1", "symmetric is 1, must be of type bool"),
         (RULE + 'bits = 4\nlayers = "some"', "rule 1: .*must look like"),
         (RULE + "bits = 16", "activations, which are float32"),
