@@ -10,7 +10,7 @@ import math
 import re
 import shlex
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -27,7 +27,7 @@ from autoglm_edge.cli_common import (
 
 if TYPE_CHECKING:
     from autoglm_edge.export.progress import ProgressEvent
-    from autoglm_edge.quantize.recipe import Recipe
+    from autoglm_edge.quantize.recipe import Prefill, Recipe
     from autoglm_edge.quantize.rule import Refinement
 
 POCKET = "pocket"
@@ -73,6 +73,11 @@ _NOTED_STAGES = ("calibration", "measure")
     type=click.Path(path_type=Path, dir_okay=False),
     help="Prompts for gptq, JSON Lines. [default: a set of its own]",
 )
+@click.option(
+    "--prefill",
+    type=click.Choice(["none", "int8"]),
+    help="Add the decoder's layers in 8 bits once more, to read prompts faster.",
+)
 @click.option("--activations", type=click.Choice(["float32", "float16"]), help="Number type between layers.")
 @click.option(
     "--accuracy-level", type=click.Choice(["0", "4"]), help="4 multiplies in 8-bit integers, 0 in floats."
@@ -115,6 +120,7 @@ def export(
     symmetric: bool | None,
     refine: Refinement | None,
     calibration: Path | None,
+    prefill: Prefill | None,
     activations: Literal["float32", "float16"] | None,
     accuracy_level: str | None,
     max_image_tokens: int | None,
@@ -144,6 +150,11 @@ def export(
     _check_auto(recipe, {"--budget-gb": budget_gb, "--reference": reference}, workspace, estimate)
     if recipe == AUTO and calibration is not None and refine != "gptq":
         raise click.UsageError(f"--calibration means something to --recipe {AUTO} with --refine gptq only")
+    if recipe == AUTO and prefill == "int8":
+        raise click.UsageError(
+            f"--recipe {AUTO} keeps a budget that --prefill int8 is no part of; export the recipe that it "
+            "writes with --prefill int8"
+        )
     precision = chosen[0] if chosen else "int4"
     if model is None:
         click.echo(f"No MODEL given: taking {POCKET}, the small model that comes with this package", err=True)
@@ -156,6 +167,7 @@ def export(
         "activations": activations,
         "accuracy_level": int(accuracy_level) if accuracy_level else None,
         "refine": refine,
+        "prefill": prefill,
     }
     options: dict[str, Any] = {
         "precision": precision,
@@ -248,11 +260,12 @@ def _auto_recipe(
 ) -> Recipe:
     """Measure and choose. Changes of formats are made to the lowest level, other changes to all."""
     from autoglm_edge.autorecipe.search import DEFAULT_LEVELS, AutoOptions, auto_recipe
-    from autoglm_edge.quantize.recipe import resolve
+    from autoglm_edge.quantize.recipe import Recipe, resolve
 
     everywhere = {key: changes[key] for key in ("activations", "accuracy_level")}
-    *high, low = DEFAULT_LEVELS
-    levels = (*(resolve(level).with_(**everywhere) for level in high), resolve(low).with_(**changes))
+    defaults: Sequence[Recipe | str] = DEFAULT_LEVELS
+    named = [level if isinstance(level, Recipe) else resolve(level) for level in defaults]
+    levels = (*(level.with_(**everywhere) for level in named[:-1]), named[-1].with_(**changes))
     chosen = AutoOptions(
         max_image_tokens=options["max_image_tokens"],
         revision=options["revision"],

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from autoglm_edge.quantize.channels import ChannelFormat
 from autoglm_edge.quantize.recipe import Recipe
 from autoglm_edge.runtime.manifest import Calibration, ImageSpec, Part
 
@@ -50,7 +51,7 @@ with ag.load("path/to/this/folder") as engine:
 Activations, scales and float weights are {activations}; accuracy level {level}. The first rule that matches
 a tensor's name decides; norms, biases and whatever no rule matches stay float.
 
-{rules}{calibration}
+{rules}{prefill}{calibration}
 
 ## Files
 
@@ -81,6 +82,10 @@ The weights are those of {model}, changed in format only. The licence of that mo
 the licence of the program that converted them; read it before you pass this folder on.
 """
 _REFINED = {"none": "", "search": ", scales by search", "gptq": ", by GPTQ"}
+_PREFILL = """
+
+To read prompts with, the layers are there once more in `prefill.onnx`: what is stored in blocks above,
+in 8 bits with a scale per channel."""
 _QUANTIZED = """- Weights are rounded. Where an exact tap matters, compare with the original model first.
 """
 
@@ -124,6 +129,7 @@ def model_card(
         activations=recipe.activations,
         level=recipe.accuracy_level,
         rules=_rules(recipe),
+        prefill="" if recipe.prefill == "none" else _PREFILL,
         calibration="" if calibration is None else _calibrated(calibration),
         files=table(["file", "bytes"], [[f"`{name}`", f"{size:,}"] for name, size in sorted(sizes.items())]),
         parts=", ".join(f"{name} {readable(part.weight_bytes)}" for name, part in parts.items()),
@@ -163,11 +169,17 @@ def _rules(recipe: Recipe) -> str:
     for rule in recipe.rules:
         form = rule.format
         stored = "float"
-        if form is not None:
+        if isinstance(form, ChannelFormat):
+            stored = f"{form.bits} bits, a scale per channel{_groups(form)}{_REFINED[rule.refine]}"
+        elif form is not None:
             kind = "symmetric" if form.symmetric else "with zero points"
             stored = f"{form.bits} bits, blocks of {form.block_size}, {kind}{_REFINED[rule.refine]}"
         rows.append([f"`{rule.pattern}`", rule.layers or "all", stored])
     return table(["tensors", "layers", "stored as"], rows)
+
+
+def _groups(form: ChannelFormat) -> str:
+    return f" and {form.groups} groups of columns" if form.groups > 1 else ""
 
 
 def _calibrated(calibration: Calibration) -> str:

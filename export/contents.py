@@ -19,6 +19,7 @@ import onnx_ir as ir
 
 from autoglm_edge.errors import ExportError
 from autoglm_edge.quantize.recipe import Recipe
+from autoglm_edge.runtime.layer_index import index_to_json
 from autoglm_edge.runtime.manifest import (
     FORMAT_VERSION,
     FileEntry,
@@ -33,7 +34,8 @@ from .card import CARD_NAME, model_card
 from .checkpoint import Checkpoint, ModelConfig
 from .files import CONFIG_NAME, PREPROCESSOR_NAME, json_object
 from .genai import GENAI_DECODER_NAME, GENAI_NAME, genai_config, genai_decoder, to_bytes
-from .plan import IR_DTYPES, ITEM_BYTES, PartPlan
+from .layer import LAYER_GRAPH, LAYER_INDEX, LayerPlan
+from .plan import IR_DTYPES, ITEM_BYTES, PartPlan, data_file
 from .processor import with_pixel_budget
 from .shapes import expected_tensors
 from .writer import Rows
@@ -52,10 +54,11 @@ class Job:
         checkpoint: the source.
         config: of the checkpoint, with the image budget of the bundle.
         recipe: with the layer numbers of this checkpoint.
-        plans: decoder, embedding and vision, in this order.
+        plans: decoder, embedding and vision, in this order, and prefill if the recipe asks for it.
         store: where values are read: the checkpoint's tensors, with balanced channels if the recipe says so.
         max_image_tokens: the budget that was asked for; None keeps the checkpoint's own.
         calibration: what weights are rounded for; None if none of them needs it.
+        layer: one layer's graph and where the weights of all lie, where that is of use.
     """
 
     checkpoint: Checkpoint
@@ -65,6 +68,7 @@ class Job:
     store: Rows
     max_image_tokens: int | None
     calibration: CalibrationSet | None = None
+    layer: LayerPlan | None = None
 
     @property
     def weight_count(self) -> int:
@@ -106,18 +110,23 @@ def created_by() -> str:
 
 
 def graph_bytes(plan: PartPlan) -> bytes:
-    """Serialize a graph whose weights lie in its data file.
+    """Serialize a graph whose weights lie in its data file, and where it borrows some, in that of another.
 
     Raises:
         ExportError: the graph and its weight plan do not name the same initializers.
     """
-    pieces = {piece.name: piece for weight in plan.weights for piece in weight.pieces}
+    places = [(plan.data_file, plan.weights)]
+    if plan.lender is not None:
+        places.append((data_file(plan.lender), plan.borrowed))
+    pieces = {
+        piece.name: (file, piece) for file, weights in places for weight in weights for piece in weight.pieces
+    }
     values = plan.model.graph.initializers
-    for name, piece in pieces.items():
+    for name, (file, piece) in pieces.items():
         if name not in values:
             raise ExportError(f"{plan.graph_file} has no initializer {name}, which its weight plan stores")
         values[name].const_value = ir.ExternalTensor(
-            plan.data_file,
+            file,
             piece.offset,
             piece.size_bytes,
             IR_DTYPES[piece.dtype],
@@ -128,9 +137,13 @@ def graph_bytes(plan: PartPlan) -> bytes:
         raise ExportError(
             f"{plan.graph_file} needs the initializer {empty[0]}, which its weight plan does not store"
         )
-    plan.model.producer_name = "autoglm-edge"
-    plan.model.producer_version = version("autoglm-edge")
-    content: bytes = ir.to_proto(plan.model).SerializeToString(deterministic=True)
+    return _serialized(plan.model)
+
+
+def _serialized(model: ir.Model) -> bytes:
+    model.producer_name = "autoglm-edge"
+    model.producer_version = version("autoglm-edge")
+    content: bytes = ir.to_proto(model).SerializeToString(deterministic=True)
     return content
 
 
@@ -144,6 +157,9 @@ def small_files(job: Job) -> dict[str, bytes]:
     files = {plan.graph_file: graph_bytes(plan) for plan in job.plans}
     plans = {plan.name: plan for plan in job.plans}
     files[GENAI_DECODER_NAME] = genai_decoder(files[plans["decoder"].graph_file])
+    if job.layer is not None:
+        files[LAYER_GRAPH] = _serialized(job.layer.model)
+        files[LAYER_INDEX] = index_to_json(job.layer.layers).encode()
     side = job.checkpoint.side_files()
     if clash := sorted(set(side) & {*files, CARD_NAME, GENAI_NAME, *(plan.data_file for plan in job.plans)}):
         raise ExportError(f"the checkpoint wants to add {clash[0]}, a name that the bundle itself uses")
@@ -171,7 +187,13 @@ def small_files(job: Job) -> dict[str, bytes]:
 
 def parts(job: Job) -> dict[str, Part]:
     """The parts as the manifest lists them."""
-    return {plan.name: Part(plan.graph_file, plan.data_file, plan.weight_bytes) for plan in job.plans}
+    found = {
+        plan.name: Part(plan.graph_file, plan.data_file, plan.weight_bytes, plan.is_integer)
+        for plan in job.plans
+    }
+    if job.layer is not None:
+        found["layer"] = Part(LAYER_GRAPH, LAYER_INDEX, 0, integer=True)
+    return found
 
 
 def build_manifest(job: Job, files: Mapping[str, tuple[int, str]]) -> Manifest:

@@ -15,6 +15,8 @@ import onnx_ir as ir
 from onnxscript import GraphBuilder, nn
 from onnxscript._internal.builder import OpBuilder
 
+from autoglm_edge.errors import ExportError
+from autoglm_edge.quantize.channels import ChannelFormat
 from autoglm_edge.quantize.formats import BlockFormat
 from autoglm_edge.quantize.recipe import Recipe
 
@@ -31,7 +33,10 @@ class Table(nn.Module):
     def __init__(self, book: WeightBook, vocab: int, hidden: int) -> None:
         super().__init__(TABLE)
         name = f"{TABLE}.weight"
-        self.format = book.recipe.format_for(name)
+        format = book.recipe.format_for(name)
+        if isinstance(format, ChannelFormat):  # Recipe.check_names says it to users
+            raise ExportError(f"{name} is looked up row by row, which a scale per channel is not made for")
+        self.format = format
         self.scales = self.zero_points = None
         if self.format is None:
             pieces: tuple[Piece, ...] = (Piece(name, book.dtype, (vocab, hidden)),)

@@ -23,7 +23,8 @@ from typing import Any
 
 import numpy as np
 
-from autoglm_edge.quantize.formats import BlockFormat, quantize_rows
+from autoglm_edge.quantize.channels import ChannelFormat, WeightFormat, quantize_channels
+from autoglm_edge.quantize.formats import quantize_rows
 from autoglm_edge.quantize.gptq import GptqFactor, Panel, gptq_rows
 from autoglm_edge.quantize.refine import search_rows
 from autoglm_edge.quantize.rule import REFINEMENTS, Refinement
@@ -49,7 +50,7 @@ class PartEstimate:
     """One part of the bundle.
 
     Attributes:
-        name: decoder, embedding or vision.
+        name: decoder, embedding, vision or prefill.
         graph_bytes: of the graph file.
         data_bytes: of the data file, padding between pieces included.
         weight_bytes: of the weights in it.
@@ -69,7 +70,7 @@ class Estimate:
         model: hub id or folder name of the checkpoint.
         recipe: name of the recipe.
         activations: "float32" or "float16".
-        parts: decoder, embedding, vision.
+        parts: decoder, embedding, vision, and prefill if there is one.
         other_bytes: of tokenizer, template, configuration, card and manifest.
         total_bytes: of the whole bundle, exact.
         source_bytes: of the checkpoint's tensors.
@@ -212,7 +213,7 @@ def estimate_job(job: Job, output: Path) -> Estimate:
 
 def expected_seconds(job: Job, workers: int) -> float:
     """Time for all weights and their digests, from a trial on this machine with that many threads."""
-    values: Counter[tuple[BlockFormat | str, Refinement]] = Counter()
+    values: Counter[tuple[WeightFormat | str, Refinement]] = Counter()
     for plan in job.plans:
         for weight in plan.weights:
             values[weight.quant or weight.action, weight.refine] += weight.rows * weight.columns
@@ -230,7 +231,7 @@ def expected_seconds(job: Job, workers: int) -> float:
     return seconds + job.data_bytes / hashed_per_second()
 
 
-def values_per_second(kind: BlockFormat | str, refine: Refinement, workers: int) -> float:
+def values_per_second(kind: WeightFormat | str, refine: Refinement, workers: int) -> float:
     """Weights per second that this machine takes from bfloat16 to a format, all in memory.
 
     Args:
@@ -246,7 +247,12 @@ def values_per_second(kind: BlockFormat | str, refine: Refinement, workers: int)
 
     def once(_: int) -> None:
         rows = (stored.astype(np.uint32) << 16).view(np.float32)
-        if isinstance(kind, BlockFormat):
+        if isinstance(kind, ChannelFormat):
+            turned = quantize_channels(
+                rows, ChannelFormat(), refine="search" if refine == "search" else "none"
+            )
+            np.ascontiguousarray(turned.data.T)
+        elif not isinstance(kind, str):
             if refine == "search":
                 search_rows(rows, kind)
             elif refine == "gptq":
@@ -296,14 +302,13 @@ def _factor_of_nothing(columns: int) -> GptqFactor:
 
 
 def _copied_bytes(plan: PartPlan) -> int:
-    """Weights of matrix products; the table of the embedding is only looked up and stays mapped."""
-    return sum(
-        weight.size_bytes for weight in plan.weights if plan.name != "embedding" and _is_matrix(weight)
-    )
+    """Weights of matrix products that are packed at load, at most.
 
-
-def _is_matrix(weight: Weight) -> bool:
-    return weight.action in ("quantize", "transpose")
+    The table of the embedding is only looked up, and the prefill graph is opened unpacked: both stay mapped.
+    """
+    if plan.name in ("embedding", "prefill"):
+        return 0
+    return sum(weight.size_bytes for weight in plan.weights if weight.action != "copy")
 
 
 def _process_bytes() -> int:

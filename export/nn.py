@@ -17,11 +17,13 @@ from numpy.typing import NDArray
 from onnxscript import GraphBuilder, nn
 from onnxscript._internal.builder import OpBuilder
 
+from autoglm_edge.quantize.channels import ChannelFormat
 from autoglm_edge.quantize.formats import BlockFormat
 from autoglm_edge.quantize.recipe import Recipe
 
+from .integers import Inputs, channel_pieces, product
 from .plan import IR_DTYPES as IR_DTYPES
-from .plan import Action, Dtype, PartPlan, Piece, Weight, lay_out
+from .plan import Action, Dtype, PartPlan, Piece, Weight, borrow, lay_out
 
 OPSET = 23
 """First opset with RotaryEmbedding and RMSNormalization."""
@@ -42,12 +44,14 @@ class WeightBook:
     Attributes:
         recipe: decides the format of each matrix.
         dtype: of hidden states, float weights and scales.
+        inputs: of matrices, as bytes, shared among those with the same input.
     """
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
         self.dtype: Dtype = recipe.activations
         self.weights: list[Weight] = []
+        self.inputs = Inputs()
 
     def add(self, weight: Weight) -> None:
         """Note one checkpoint tensor."""
@@ -61,8 +65,8 @@ class WeightBook:
 class Linear(nn.Module):
     """y = x @ W.T + b, with W in the format that the recipe gives it.
 
-    Float weights are stored transposed, (columns, rows), and used by MatMul; quantized ones are stored row by
-    row for MatMulNBits.
+    Float weights are stored transposed, (columns, rows), and used by MatMul; those in blocks row by row for
+    MatMulNBits; those with a scale per channel transposed for MatMulIntegerToFloat.
     """
 
     def __init__(
@@ -89,12 +93,17 @@ class Linear(nn.Module):
         """
         super().__init__()
         self.columns, self.rows = columns, rows
+        self.inputs = book.inputs
         self.accuracy_level = book.recipe.accuracy_level
         source = source or f"{stem}.weight"
         self.format = book.recipe.format_for(f"{stem}.weight")
         if self.format is None:
             pieces: tuple[Piece, ...] = (Piece(f"{stem}.weight", book.dtype, (columns, rows)),)
             self.weight = book.parameter(pieces[0])
+        elif isinstance(self.format, ChannelFormat):
+            pieces = channel_pieces(f"{stem}.weight", rows, columns, self.format)
+            for number, piece in enumerate(pieces):  # data and scales of each group in turn
+                setattr(self, f"piece_{number}", book.parameter(piece))
         else:
             pieces = matmul_pieces(f"{stem}.weight", rows, columns, self.format, book.dtype)
             self.weight = book.parameter(pieces[0])
@@ -113,6 +122,13 @@ class Linear(nn.Module):
         """(..., columns) -> (..., rows)."""
         if self.format is None:
             y = op.MatMul(x, self.weight)
+            return y if self.bias is None else op.Add(y, self.bias)
+        if isinstance(self.format, ChannelFormat):
+            y = None
+            for group, part in enumerate(self.inputs.rounded(op, x, self.format.groups)):
+                weight, scales = (getattr(self, f"piece_{2 * group + number}") for number in range(2))
+                own = product(op, part, weight, scales)
+                y = own if y is None else op.Add(y, own)
             return y if self.bias is None else op.Add(y, self.bias)
         return op.MatMulNBits(
             x,
@@ -194,6 +210,7 @@ def build_part(
     book: WeightBook,
     inputs: Signature,
     trace: Callable[[GraphBuilder, OpBuilder, list[ir.Value]], Outputs],
+    lender: PartPlan | None = None,
 ) -> PartPlan:
     """Trace a graph and lay out its weights.
 
@@ -202,6 +219,7 @@ def build_part(
         book: filled by the modules that `trace` calls.
         inputs: name, dtype, shape of each graph input.
         trace: makes the nodes; returns name, value, dtype, shape of each graph output.
+        lender: part whose data file is read for weights that are stored there in the same form.
     """
     graph = ir.Graph([], [], nodes=[], name=name, opset_imports={"": OPSET, "com.microsoft": 1})
     builder = GraphBuilder(graph)
@@ -211,8 +229,10 @@ def build_part(
         value.type, value.shape = ir.TensorType(dtype), ir.Shape(list(shape))
     for node in graph:
         node.metadata_props.clear()  # the builder's own notes; node names already tell the module path
-    weights = lay_out(book.weights)
-    planned = {piece.name for weight in weights for piece in weight.pieces}
+    borrowed, own = borrow(book.weights, lender) if lender else ((), tuple(book.weights))
+    weights = lay_out(own)
+    planned = {piece.name for weight in (*weights, *borrowed) for piece in weight.pieces}
     missing = {label for label, value in graph.initializers.items() if value.const_value is None} ^ planned
     assert not missing, f"graph {name} and its weight plan disagree about {sorted(missing)[:3]}"
-    return PartPlan(name, ir.Model(graph, ir_version=11), weights)
+    model = ir.Model(graph, ir_version=11)
+    return PartPlan(name, model, weights, borrowed, lender.name if lender and borrowed else None)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from autoglm_edge.errors import ExportError
-from autoglm_edge.quantize.recipe import Activations, Recipe, resolve
+from autoglm_edge.quantize.recipe import Activations, Prefill, Recipe, resolve
 from autoglm_edge.quantize.rule import Refinement
 
 
@@ -54,6 +54,7 @@ class ExportOptions:
         accuracy_level: int | None,
         max_image_tokens: int | None,
         refine: Refinement | None = None,
+        prefill: Prefill | None = None,
         calibration: str | Path | None = None,
         resume: bool = False,
         force: bool = False,
@@ -71,6 +72,7 @@ class ExportOptions:
             activations=activations,
             accuracy_level=accuracy_level,
             refine=refine,
+            prefill=prefill,
         )
         path = None if calibration is None else Path(calibration).expanduser()
         return cls(changed, max_image_tokens, resume, force, path)

@@ -4,7 +4,7 @@ In: a checkpoint, a recipe, an output path. Out: a bundle there, or an error and
 order of things; how a graph looks, how a tensor is read or quantized, and what a manifest holds is decided
 elsewhere.
 
-    checkpoint ─► recipe ─► three plans ─► calibration set ─► checks (names, output, lock, disk)
+    checkpoint ─► recipe ─► a plan per part ─► calibration set ─► checks (names, output, lock, disk)
         ─► data files ─► graphs and small files ─► SHA-256 of all ─► manifest.json ─► rename
 
 Weights that have reached the disk are journalled, so an export that was killed, cancelled or ran out of disk
@@ -23,7 +23,7 @@ from pathlib import Path
 
 from autoglm_edge.embedded import POCKET_NAME, pocket_path
 from autoglm_edge.errors import CheckpointError, ExportError
-from autoglm_edge.quantize.recipe import Activations, Recipe
+from autoglm_edge.quantize.recipe import Activations, Prefill, Recipe
 from autoglm_edge.quantize.rule import Refinement
 from autoglm_edge.runtime.bundle import Bundle
 from autoglm_edge.runtime.manifest import MANIFEST_NAME
@@ -67,6 +67,7 @@ def export(
     activations: Activations | None = None,
     accuracy_level: int | None = None,
     refine: Refinement | None = None,
+    prefill: Prefill | None = None,
     calibration: str | Path | None = None,
     resume: bool = False,
     force: bool = False,
@@ -81,7 +82,7 @@ def export(
     Args:
         model: folder of a checkpoint, a hub id, or "pocket"; None is the embedded pocket model.
         output: folder of the bundle; it must not exist, or be empty, or hold a bundle and `force` be given.
-        precision: name of a preset recipe: fp32, fp16, int8, int4, int4-mixed or int4-all.
+        precision: name of a preset recipe: fp32, fp16, int8, int8-blocks, int4, int4-mixed or int4-all.
         block_size: weights that share a scale: 32, 64 or 128, in place of the recipe's own.
         symmetric: whether to store no zero points, in place of the recipe's own.
         recipe: a recipe, its TOML file or its name, in place of `precision`.
@@ -90,6 +91,8 @@ def export(
         activations: "float32" or "float16", in place of the recipe's own.
         accuracy_level: of MatMulNBits, 0 to 4, in place of the recipe's own.
         refine: how integers are chosen, "none", "search" or "gptq", in place of the recipe's own.
+        prefill: "int8" for a second form of the decoder's layers that reads prompts faster, or "none", in
+            place of the recipe's own.
         calibration: JSON Lines file of prompts that gptq rounds for; see docs/export.md. None takes the set
             that comes with the package, if the recipe asks for gptq anywhere.
         resume: insist on continuing an interrupted export. With `force`, that export may replace a bundle.
@@ -114,6 +117,7 @@ def export(
         accuracy_level=accuracy_level,
         max_image_tokens=max_image_tokens,
         refine=refine,
+        prefill=prefill,
         calibration=calibration,
         resume=resume,
         force=force,
@@ -143,6 +147,7 @@ def estimate(
     activations: Activations | None = None,
     accuracy_level: int | None = None,
     refine: Refinement | None = None,
+    prefill: Prefill | None = None,
     calibration: str | Path | None = None,
     resume: bool = False,
     force: bool = False,
@@ -163,6 +168,7 @@ def estimate(
         accuracy_level=accuracy_level,
         max_image_tokens=max_image_tokens,
         refine=refine,
+        prefill=prefill,
         calibration=calibration,
         resume=resume,
         force=force,

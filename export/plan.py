@@ -17,18 +17,19 @@ from typing import Literal
 
 import onnx_ir as ir
 
-from autoglm_edge.quantize.formats import BlockFormat
+from autoglm_edge.quantize.channels import ChannelFormat, WeightFormat
 from autoglm_edge.quantize.rule import Refinement
 
 ALIGNMENT = 4096
 """Offset of each piece in the data file, in bytes: one page, so that pieces can be mapped alone."""
 
 Action = Literal["copy", "transpose", "quantize"]
-Dtype = Literal["float32", "float16", "uint8"]
+Dtype = Literal["float32", "float16", "uint8", "int8"]
 IR_DTYPES: dict[str, ir.DataType] = {
     "float32": ir.DataType.FLOAT,
     "float16": ir.DataType.FLOAT16,
     "uint8": ir.DataType.UINT8,
+    "int8": ir.DataType.INT8,
 }
 ITEM_BYTES = {name: int(dtype.itemsize) for name, dtype in IR_DTYPES.items()}
 
@@ -64,9 +65,10 @@ class Weight:
         rows: the tensor seen as a matrix, first dimension.
         columns: product of its other dimensions.
         action: "copy" keeps row-major order and casts; "transpose" stores (columns, rows);
-            "quantize" makes pieces (data, scales[, zero points]) row by row.
+            "quantize" makes pieces (data, scales[, zero points]) row by row, or for a format per channel
+            (data, scales) of each group, data as (columns of the group, rows).
         pieces: outputs. quantize: data uint8, scales in the activation dtype, and uint8 zero points if it is
-            asymmetric.
+            asymmetric; per channel data int8 and scales float32.
         quant: the format if action is "quantize".
         permute: axes order applied to the checkpoint tensor before it is seen as a matrix, or None
             (the vision downsample convolution, whose kernel must lie patch first).
@@ -78,7 +80,7 @@ class Weight:
     columns: int
     action: Action
     pieces: tuple[Piece, ...]
-    quant: BlockFormat | None = None
+    quant: WeightFormat | None = None
     permute: tuple[int, ...] | None = None
     refine: Refinement = "none"
 
@@ -86,6 +88,11 @@ class Weight:
     def name(self) -> str:
         """Its name in the graph; the checkpoint's own, but for a tied head."""
         return self.pieces[0].name.removesuffix("_data")
+
+    @property
+    def is_turned(self) -> bool:
+        """Whether rows of the checkpoint become columns of a piece."""
+        return self.action == "transpose" or isinstance(self.quant, ChannelFormat)
 
     @property
     def size_bytes(self) -> int:
@@ -98,14 +105,18 @@ class PartPlan:
     """One graph with its data file.
 
     Attributes:
-        name: decoder, embedding or vision.
+        name: decoder, embedding, vision or prefill.
         model: the graph, initializers without values.
         weights: in the order of the data file.
+        borrowed: weights that lie in the data file of another part, with their places there.
+        lender: name of that part; None if nothing is borrowed.
     """
 
     name: str
     model: ir.Model
     weights: tuple[Weight, ...]
+    borrowed: tuple[Weight, ...] = ()
+    lender: str | None = None
 
     @property
     def graph_file(self) -> str:
@@ -115,7 +126,7 @@ class PartPlan:
     @property
     def data_file(self) -> str:
         """File name of the weights."""
-        return f"{self.name}.onnx.data"
+        return data_file(self.name)
 
     @property
     def data_bytes(self) -> int:
@@ -123,9 +134,41 @@ class PartPlan:
         return max((p.offset + p.size_bytes for w in self.weights for p in w.pieces), default=0)
 
     @property
+    def is_integer(self) -> bool:
+        """Whether its products are those of `integers.py`, and none is one of blocks."""
+        operators = {node.op_type for node in self.model.graph}
+        return "MatMulIntegerToFloat" in operators and "MatMulNBits" not in operators
+
+    @property
     def weight_bytes(self) -> int:
         """Bytes of weights, padding between pieces not counted."""
         return sum(weight.size_bytes for weight in self.weights)
+
+
+def data_file(part: str) -> str:
+    """File name of the weights of a part."""
+    return f"{part}.onnx.data"
+
+
+def borrow(weights: Iterable[Weight], lender: PartPlan) -> tuple[tuple[Weight, ...], tuple[Weight, ...]]:
+    """Tell weights that another part stores in the very same form from those that it does not.
+
+    Returns:
+        The lender's own, with their places, and the others.
+    """
+    stored = {_without_places(weight): weight for weight in lender.weights}
+    borrowed, own = [], []
+    for weight in weights:
+        found = stored.get(_without_places(weight))
+        if found is None:
+            own.append(weight)
+        else:
+            borrowed.append(found)
+    return tuple(borrowed), tuple(own)
+
+
+def _without_places(weight: Weight) -> Weight:
+    return replace(weight, pieces=tuple(replace(piece, offset=-1) for piece in weight.pieces))
 
 
 def lay_out(weights: Iterable[Weight]) -> tuple[Weight, ...]:

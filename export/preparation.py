@@ -17,11 +17,12 @@ from .calibration_set import CalibrationSet, built_in_set, read_calibration
 from .checkpoint import Checkpoint, ModelConfig
 from .contents import Job
 from .embedding import plan_embedding
+from .layer import plan_open_layer
 from .links import channel_links
 from .options import ExportOptions
 from .plan import PartPlan
 from .shapes import HEAD, expected_tensors
-from .text import plan_decoder
+from .text import plan_decoder, plan_prefill
 from .vision import STEM as VISION
 from .vision import plan_vision
 from .writer import Rows, source_matrix
@@ -41,7 +42,10 @@ def prepare(checkpoint: Checkpoint, options: ExportOptions) -> Job:
     config = replace(config, image=image_budget(config, options.max_image_tokens))
     recipe = options.recipe.for_layers(decoder=config.text.layers, vision=config.vision.depth)
     recipe.check_names((*expected, HEAD))  # a tied head is stored by the rules for heads
-    plans = (plan_decoder(config, recipe), plan_embedding(config, recipe), plan_vision(config, recipe))
+    decoder = plan_decoder(config, recipe)
+    plans = [decoder, plan_embedding(config, recipe), plan_vision(config, recipe)]
+    if recipe.prefill != "none":
+        plans.append(plan_prefill(config, recipe, decoder))
     for plan in plans:
         for weight in plan.weights:
             source_matrix(weight, checkpoint.tensors.shape(weight.source))
@@ -49,7 +53,8 @@ def prepare(checkpoint: Checkpoint, options: ExportOptions) -> Job:
     if recipe.balance:
         store = Balanced(store, channel_links(config), recipe.activations)
     samples = _calibration_set(checkpoint, config, plans, options)
-    return Job(checkpoint, config, recipe, plans, store, options.max_image_tokens, samples)
+    layer = plan_open_layer(config, recipe, decoder)
+    return Job(checkpoint, config, recipe, tuple(plans), store, options.max_image_tokens, samples, layer)
 
 
 def _calibration_set(

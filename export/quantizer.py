@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autoglm_edge.errors import ExportError
+from autoglm_edge.quantize.channels import ChannelFormat, QuantizedChannels, quantize_channels
 from autoglm_edge.quantize.formats import BlockFormat, Quantized, ScaleDtype, quantize_rows
 from autoglm_edge.quantize.gptq import GptqFactor, factor, gptq_rows
 from autoglm_edge.quantize.refine import search_rows
@@ -22,7 +23,7 @@ from autoglm_edge.quantize.refine import search_rows
 from .gram import Gram
 from .plan import Weight
 
-RowsToIntegers = Callable[[NDArray[np.float32]], Quantized]
+RowsToIntegers = Callable[[NDArray[np.float32]], Quantized | QuantizedChannels]
 """Float32 rows (n, K) to integers. Rows do not depend on each other; called from several threads at once."""
 
 
@@ -57,6 +58,10 @@ class RecipeQuantizer:
 
     def prepare(self, weight: Weight) -> RowsToIntegers:
         """See `Quantizer`."""
+        if isinstance(weight.quant, ChannelFormat):
+            if weight.refine == "gptq":
+                raise ExportError(f"the plan for {weight.source} has a scale per channel refined by gptq")
+            return partial(quantize_channels, fmt=weight.quant, refine=weight.refine)
         fmt, scale_dtype = _format(weight)
         if weight.refine == "none":
             return partial(quantize_rows, fmt=fmt, scale_dtype=scale_dtype)
@@ -75,9 +80,9 @@ class RecipeQuantizer:
 
 
 def _format(weight: Weight) -> tuple[BlockFormat, ScaleDtype]:
-    if weight.quant is None:
+    if not isinstance(weight.quant, BlockFormat):
         raise ExportError(f"the plan for {weight.source} says quantize, but names no format")
     dtype = weight.pieces[1].dtype
-    if dtype == "uint8":
-        raise ExportError(f"the plan for {weight.source} stores scales as uint8; they are floats")
+    if dtype not in ("float32", "float16"):
+        raise ExportError(f"the plan for {weight.source} stores scales as {dtype}; they are floats")
     return weight.quant, dtype

@@ -10,6 +10,9 @@
 Weights come from the checkpoint later, by name. One layer is 16 nodes; the kernels that matter are
 MatMulNBits (or MatMul), GroupQueryAttention and the rotary embedding, to which the three axes come as
 per-token cosines and sines.
+
+The prefill graph has the same inputs but the last, and of the outputs only `present.N.*`: it fills the cache.
+Its layers are the same modules with other number formats, and of the last it has what makes keys and values.
 """
 
 from __future__ import annotations
@@ -75,28 +78,34 @@ class Attention(nn.Module):
         self, op: OpBuilder, x: ir.Value, step: Step, past: tuple[ir.Value, ir.Value]
     ) -> tuple[ir.Value, ir.Value, ir.Value]:
         """(B, T, C) -> (B, T, C), present key, present value."""
-        q = self._rotate(op, self.q_proj(op, x), step, self.text.heads)
-        k = self._rotate(op, self.k_proj(op, x), step, self.text.kv_heads)
+        q = _rotate(op, self.q_proj(op, x), step, self.text, self.text.heads)
+        k = _rotate(op, self.k_proj(op, x), step, self.text, self.text.kv_heads)
         v = self.v_proj(op, x)
-        y, key, value = op.GroupQueryAttention(
-            q,
-            k,
-            v,
-            *past,
-            step.last_index,
-            step.total,
-            num_heads=self.text.heads,
-            kv_num_heads=self.text.kv_heads,
-            scale=self.text.head_dim**-0.5,
-            _outputs=3,
-            **CONTRIB,
-        )
+        y, key, value = _attend(op, q, k, v, step, past, self.text, self.text.heads)
         return self.o_proj(op, y), key, value
 
-    def _rotate(self, op: OpBuilder, x: ir.Value, step: Step, heads: int) -> ir.Value:
-        return op.RotaryEmbedding(
-            x, step.cos, step.sin, interleaved=1, num_heads=heads, rotary_embedding_dim=self.text.rotary_dim
-        )
+
+class KeysAndValues(nn.Module):
+    """The part of an attention that fills the cache."""
+
+    def __init__(self, book: WeightBook, stem: str, text: TextConfig) -> None:
+        super().__init__()
+        self.text = text
+        key = text.kv_heads * text.head_dim
+        self.k_proj = Linear(book, f"{stem}.k_proj", text.hidden, key, bias=text.attention_bias)
+        self.v_proj = Linear(book, f"{stem}.v_proj", text.hidden, key, bias=text.attention_bias)
+
+    def forward(
+        self, op: OpBuilder, x: ir.Value, step: Step, past: tuple[ir.Value, ir.Value]
+    ) -> tuple[ir.Value, ir.Value]:
+        """(B, T, C) -> present key, present value.
+
+        The operator that appends to the cache also attends; with the keys as queries that is a few heads, and
+        nobody reads what comes out.
+        """
+        k = _rotate(op, self.k_proj(op, x), step, self.text, self.text.kv_heads)
+        _, key, value = _attend(op, k, k, self.v_proj(op, x), step, past, self.text, self.text.kv_heads)
+        return key, value
 
 
 class Mlp(nn.Module):
@@ -161,6 +170,52 @@ class Layer(nn.Module):
         return self.post_mlp_layernorm(op, self.mlp(op, h)), residual, (key, value)
 
 
+class LastLayer(nn.Module):
+    """What a prompt needs of the last layer: its keys and values."""
+
+    def __init__(self, book: WeightBook, stem: str, text: TextConfig) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(book, f"{stem}.input_layernorm", text.hidden, text.norm_eps)
+        self.self_attn = KeysAndValues(book, f"{stem}.self_attn", text)
+
+    def forward(
+        self,
+        op: OpBuilder,
+        branch: ir.Value | None,
+        residual: ir.Value,
+        step: Step,
+        past: tuple[ir.Value, ir.Value],
+    ) -> tuple[ir.Value, ir.Value]:
+        """Branch and residual (B, T, C) -> the present keys and values."""
+        if branch is None:
+            h = self.input_layernorm(op, residual)
+        else:
+            h, _ = self.input_layernorm(op, branch, residual)
+        present: tuple[ir.Value, ir.Value] = self.self_attn(op, h, step, past)
+        return present
+
+
+class CacheFiller(nn.Module):
+    """All layers, as far as the cache needs them."""
+
+    def __init__(self, book: WeightBook, text: TextConfig) -> None:
+        super().__init__()
+        stems = [f"{STEM}.layers.{i}" for i in range(text.layers)]
+        layers: list[nn.Module] = [Layer(book, stem, text) for stem in stems[:-1]]
+        self.layers = nn.ModuleList([*layers, LastLayer(book, stems[-1], text)])
+
+    def forward(
+        self, op: OpBuilder, x: ir.Value, step: Step, past: list[tuple[ir.Value, ir.Value]]
+    ) -> list[tuple[ir.Value, ir.Value]]:
+        """(B, T, C) -> the present keys and values of each layer."""
+        branch, residual, present = None, x, []
+        *layers, last = self.layers
+        for layer, own in zip(layers, past[:-1], strict=True):
+            branch, residual, grown = layer(op, branch, residual, step, own, None)
+            present.append(grown)
+        return [*present, last(op, branch, residual, step, past[-1])]
+
+
 class LanguageModel(nn.Module):
     """All layers and the final norm."""
 
@@ -185,7 +240,7 @@ class LanguageModel(nn.Module):
 class _Model(nn.Module):
     """Gives the names their first part, "model"."""
 
-    def __init__(self, language_model: LanguageModel) -> None:
+    def __init__(self, language_model: LanguageModel | CacheFiller) -> None:
         super().__init__("model")
         self.language_model = language_model
 
@@ -202,14 +257,6 @@ def plan_decoder(config: ModelConfig, recipe: Recipe) -> PartPlan:
     head = Linear(book, "lm_head", text.hidden, text.vocab, source=tied)
     head._set_name("lm_head")
     dtype = IR_DTYPES[book.dtype]
-    cache = [f"{i}.{kind}" for i in range(text.layers) for kind in ("key", "value")]
-    inputs: Signature = [
-        ("inputs_embeds", dtype, ["batch", "tokens", text.hidden]),
-        ("attention_mask", ir.DataType.INT64, ["batch", "total"]),
-        ("position_ids", ir.DataType.INT64, [3, "batch", "tokens"]),
-    ]
-    shape: Sequence[int | str] = ["batch", text.kv_heads, "past", text.head_dim]
-    inputs += [(f"past_key_values.{name}", dtype, shape) for name in cache]
 
     def trace(builder: GraphBuilder, op: OpBuilder, values: list[ir.Value]) -> Outputs:
         embeds, mask, positions, *flat = values
@@ -220,31 +267,46 @@ def plan_decoder(config: ModelConfig, recipe: Recipe) -> PartPlan:
             const_value=ir.tensor(np.array(1, np.int64), name="num_logits_to_keep"),
         )
         keep = op.Neg(op.Reshape(wanted, [1]))
-        past = list(zip(flat[::2], flat[1::2], strict=True))
         step = _step(op, mask, positions, text, dtype)
-        h, present = model(op, embeds, step, past, keep)
+        h, present = model(op, embeds, step, _pairs(flat), keep)
         logits = head(op, h)
         if dtype != ir.DataType.FLOAT:
             logits = op.Cast(logits, to=ir.DataType.FLOAT)
-        shape: Sequence[int | str] = ["batch", text.kv_heads, "cached", text.head_dim]
-        grown = [value for pair in present for value in pair]
         outputs: Outputs = [("logits", logits, ir.DataType.FLOAT, ["batch", "scored", text.vocab])]
-        outputs += [
-            (f"present.{name}", value, dtype, shape) for name, value in zip(cache, grown, strict=True)
-        ]
-        return outputs
+        return outputs + _present(present, text, dtype)
 
-    return build_part("decoder", book, inputs, trace)
+    return build_part("decoder", book, _inputs(text, dtype), trace)
 
 
-def plan_layer(config: ModelConfig) -> PartPlan:
-    """One decoder layer by itself, in float32, with weights called `layer.*`; the stream is one tensor.
+def plan_prefill(config: ModelConfig, recipe: Recipe, decoder: PartPlan) -> PartPlan:
+    """Graph and weight plan of the layers in their second form, which fills the cache.
+
+    Args:
+        config: of the checkpoint.
+        recipe: of the bundle.
+        decoder: whose data file is read for what both have in common: norms, biases, float matrices.
+    """
+    text = config.text
+    book = WeightBook(recipe.for_prefill())
+    model = _Model(CacheFiller(book, text))
+    dtype = IR_DTYPES[book.dtype]
+
+    def trace(builder: GraphBuilder, op: OpBuilder, values: list[ir.Value]) -> Outputs:
+        embeds, mask, positions, *flat = values
+        step = _step(op, mask, positions, text, dtype)
+        return _present(model(op, embeds, step, _pairs(flat)), text, dtype)
+
+    return build_part("prefill", book, _inputs(text, dtype), trace, lender=decoder)
+
+
+def plan_layer(config: ModelConfig, recipe: Recipe = PRESETS["fp32"]) -> PartPlan:
+    """One decoder layer by itself, with weights called `layer.*`; the stream is one float32 tensor.
 
     x (B, T, C), attention_mask (B, S), position_ids (3, B, T), past.key and past.value (B, K, P, D)
     → y (B, T, C), present.key and present.value (B, K, S, D)
     """
     text, dtype = config.text, ir.DataType.FLOAT
-    book = WeightBook(PRESETS["fp32"])
+    book = WeightBook(recipe)
     layer = Layer(book, "layer", text)
     layer._set_name("layer")
     cached: Sequence[int | str] = ["batch", text.kv_heads, "past", text.head_dim]
@@ -283,6 +345,69 @@ def plan_norm(config: ModelConfig) -> PartPlan:
         return [("y", norm(op, *values), dtype, shape)]
 
     return build_part("norm", book, [("x", dtype, shape)], trace)
+
+
+def _inputs(text: TextConfig, dtype: ir.DataType) -> Signature:
+    """Inputs of all layers in a row: hidden states, mask, positions, cache."""
+    past: Sequence[int | str] = ["batch", text.kv_heads, "past", text.head_dim]
+    return [
+        ("inputs_embeds", dtype, ["batch", "tokens", text.hidden]),
+        ("attention_mask", ir.DataType.INT64, ["batch", "total"]),
+        ("position_ids", ir.DataType.INT64, [3, "batch", "tokens"]),
+        *((f"past_key_values.{name}", dtype, past) for name in _cache_names(text)),
+    ]
+
+
+def _present(present: list[tuple[ir.Value, ir.Value]], text: TextConfig, dtype: ir.DataType) -> Outputs:
+    """Outputs for the grown cache."""
+    shape: Sequence[int | str] = ["batch", text.kv_heads, "cached", text.head_dim]
+    grown = [value for pair in present for value in pair]
+    return [
+        (f"present.{name}", value, dtype, shape)
+        for name, value in zip(_cache_names(text), grown, strict=True)
+    ]
+
+
+def _cache_names(text: TextConfig) -> list[str]:
+    return [f"{i}.{kind}" for i in range(text.layers) for kind in ("key", "value")]
+
+
+def _pairs(flat: list[ir.Value]) -> list[tuple[ir.Value, ir.Value]]:
+    """Keys and values of each layer, from one list."""
+    return list(zip(flat[::2], flat[1::2], strict=True))
+
+
+def _rotate(op: OpBuilder, x: ir.Value, step: Step, text: TextConfig, heads: int) -> ir.Value:
+    return op.RotaryEmbedding(
+        x, step.cos, step.sin, interleaved=1, num_heads=heads, rotary_embedding_dim=text.rotary_dim
+    )
+
+
+def _attend(
+    op: OpBuilder,
+    q: ir.Value,
+    k: ir.Value,
+    v: ir.Value,
+    step: Step,
+    past: tuple[ir.Value, ir.Value],
+    text: TextConfig,
+    heads: int,
+) -> tuple[ir.Value, ir.Value, ir.Value]:
+    """Append rotated keys and values to the cache, and attend with `heads` queries."""
+    y, key, value = op.GroupQueryAttention(
+        q,
+        k,
+        v,
+        *past,
+        step.last_index,
+        step.total,
+        num_heads=heads,
+        kv_num_heads=text.kv_heads,
+        scale=text.head_dim**-0.5,
+        _outputs=3,
+        **CONTRIB,
+    )
+    return y, key, value
 
 
 def _step(op: OpBuilder, mask: ir.Value, positions: ir.Value, text: TextConfig, dtype: ir.DataType) -> Step:

@@ -25,6 +25,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autoglm_edge.errors import ExportError, QuantError
+from autoglm_edge.quantize.channels import ChannelFormat, QuantizedChannels
+from autoglm_edge.quantize.formats import BlockFormat
 from autoglm_edge.quantize.gptq import TILE_ROWS
 
 from .gram import PANEL
@@ -38,14 +40,15 @@ CHUNK_BYTES = (1 << 20, 4 << 20)
 """Least and most float32 bytes of a chunk. Small chunks stay in the cache between reading and quantizing."""
 
 TALL_CHUNK_BYTES = (2 << 20, 32 << 20)
-"""The same for a transposed weight, where every column of a chunk is a write of its own: taller is faster."""
+"""The same for a weight that is turned, where every column of a chunk is a write of its own: taller is
+faster."""
 
 SYNC_BYTES = 128 << 20
 """Bytes written between two flushes; so much work is repeated, at most, after a power cut."""
 
 BAND_ROWS = 16
 """Rows turned at once in a transposition, a cache line of float32. Measured: half the time of a plain
-transposed copy, and less than with square tiles."""
+transposed copy, less than with square tiles, and a third for bytes."""
 
 FLOAT16_MAX = 65504.0
 ROUNDS_TO_INF = {"float32": math.inf, "float16": 65520.0}
@@ -117,7 +120,7 @@ def chunk_rows(weight: Weight, rows: int, columns: int, workers: int) -> int:
     """Rows per chunk of a (rows, columns) tensor when `workers` chunks are in memory at once."""
     if weight.refine == "gptq":
         return min(rows, TILE_ROWS)  # fewer would be as much work
-    least, most = TALL_CHUNK_BYTES if weight.action == "transpose" else CHUNK_BYTES
+    least, most = TALL_CHUNK_BYTES if weight.is_turned else CHUNK_BYTES
     budget = min(max(BUDGET_BYTES // workers, least), most)
     return min(rows, max(1, budget // (4 * columns)))
 
@@ -132,6 +135,8 @@ def in_flight_bytes(plan: PartPlan, store: Rows, workers: int) -> int:
         rows, columns = source_matrix(weight, store.shape(weight.source))
         count = chunk_rows(weight, rows, columns, workers)
         made = math.ceil(sum(piece.size_bytes for piece in weight.pieces) * count / rows)
+        if isinstance(weight.quant, ChannelFormat):
+            made += made  # row by row, and turned
         if weight.refine == "gptq":
             made += made + 16 * TILE_ROWS * min(columns, PANEL)
         largest = max(largest, 4 * count * columns + made)
@@ -301,6 +306,11 @@ def _write_quantized(handle: int, values: NDArray[np.float32], chunk: Chunk) -> 
         raise QuantError(
             f"{weight.source}, counted from row {start} of rows {start} to {stop}: {error}"
         ) from error
+    if isinstance(made, QuantizedChannels):
+        _write_channels(handle, made, chunk)
+        return
+    if not isinstance(fmt, BlockFormat):
+        raise ExportError(f"the plan for {weight.source} wants {fmt}, and got integers in blocks")
     data = made.data.reshape(len(values), -1)
     unpadded = -(-weight.columns * fmt.field_bits // 8)
     if weight.pieces[0].size_bytes == weight.rows * unpadded:
@@ -322,6 +332,27 @@ def _write_quantized(handle: int, values: NDArray[np.float32], chunk: Chunk) -> 
                 f"{array.nbytes // len(values)} of {array.dtype}"
             )
         _write(handle, array, piece.offset + start * row_bytes)
+
+
+def _write_channels(handle: int, made: QuantizedChannels, chunk: Chunk) -> None:
+    """Write integers with a scale per channel: each group of columns is a matrix of its own, turned."""
+    weight, groups = chunk.weight, made.scales.shape[1]
+    if len(weight.pieces) != 2 * groups:
+        raise ExportError(
+            f"the plan for {weight.source} has {len(weight.pieces)} pieces, its format {2 * groups}"
+        )
+    width = made.data.shape[1] // groups
+    for group in range(groups):
+        data, scales = weight.pieces[2 * group : 2 * group + 2]
+        integers, own = made.data[:, group * width : (group + 1) * width], made.scales[:, group]
+        for piece, array, shape in ((data, integers, (width, weight.rows)), (scales, own, (weight.rows,))):
+            if piece.shape != shape or piece.dtype != array.dtype:
+                raise ExportError(
+                    f"{piece.name} should be {piece.dtype} {piece.shape}, the format gives {array.dtype} "
+                    f"{shape}"
+                )
+        _write_columns(handle, integers, data, weight.rows, chunk.start)
+        _write(handle, own, scales.offset + chunk.start * own.itemsize)
 
 
 def _write_columns(handle: int, values: NDArray[Any], piece: Piece, rows: int, start: int) -> None:

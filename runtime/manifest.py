@@ -22,6 +22,8 @@ from autoglm_edge.errors import BundleError, RequestError
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 PART_NAMES = ("decoder", "embedding", "vision")
+OPTIONAL_PARTS = ("prefill", "layer")
+"""Parts that a bundle may have on top: prefill, the decoder's layers in a form that reads prompts faster."""
 
 
 @dataclass(frozen=True)
@@ -216,11 +218,16 @@ class Part:
         graph: file with the ONNX graph.
         data: file with its weights.
         weight_bytes: bytes of weights in the data file.
+        integer: whether all its products of quantized matrices are of bytes with scales per token and channel
+            (MatMulIntegerToFloat), and none is of blocks (MatMulNBits). Such a graph may be opened without
+            packing its weights, and needs a processor whose products of uint8 and int8 are exact. Not in the
+            document if false.
     """
 
     graph: str
     data: str
     weight_bytes: int
+    integer: bool = False
 
     def __post_init__(self) -> None:
         _at_least(0, "parts.", weight_bytes=self.weight_bytes)
@@ -264,7 +271,7 @@ class Manifest:
         activations: dtype of the hidden states: "float32" or "float16".
         kv_dtype: dtype of the KV inputs: "float32" or "float16".
         kv_bytes_per_token: bytes that one token adds to the cache, all layers.
-        parts: decoder, embedding and vision.
+        parts: decoder, embedding and vision, and optionally prefill.
         generation: sampling defaults of the checkpoint (temperature, top_p, ...), as far as it gives any.
         files: every file of the bundle but the manifest itself.
         figures: measured parity and memory of exactly these files; empty until measured.
@@ -294,9 +301,10 @@ class Manifest:
                 f"{MANIFEST_NAME} has format version {self.format_version}, this release reads "
                 f"{FORMAT_VERSION}; export the checkpoint again with this release"
             )
-        if set(self.parts) != set(PART_NAMES):
+        if not set(PART_NAMES) <= set(self.parts) <= {*PART_NAMES, *OPTIONAL_PARTS}:
             raise BundleError(
-                f"{MANIFEST_NAME} lists the parts {sorted(self.parts)}, must be {sorted(PART_NAMES)}"
+                f"{MANIFEST_NAME} lists the parts {sorted(self.parts)}, must be {sorted(PART_NAMES)}, "
+                f"optionally with {', '.join(OPTIONAL_PARTS)}"
             )
         for name in (self.activations, self.kv_dtype):
             if name not in ("float32", "float16"):
@@ -327,6 +335,9 @@ class Manifest:
         document = dataclasses.asdict(self)
         if self.calibration is None:
             del document["calibration"]
+        for part in document["parts"].values():
+            if not part["integer"]:
+                del part["integer"]
         return json.dumps(document, indent=2, ensure_ascii=False) + "\n"
 
     @classmethod

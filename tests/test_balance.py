@@ -270,7 +270,7 @@ def test_dead_and_huge_channels_break_nothing(
     tensors[up][half + 2] *= 1e-6
     checkpoint = write_checkpoint(tensors, checkpoint_of("tiny"), tmp_path / "checkpoint")
 
-    export(checkpoint, tmp_path / "out", precision="int8", activations=activations, accuracy_level=1)
+    export(checkpoint, tmp_path / "out", precision="int8-blocks", activations=activations, accuracy_level=1)
     export(checkpoint, tmp_path / "float", precision="fp32")
 
     found, expected = logits(tmp_path / "out", pictures), logits(tmp_path / "float", pictures)

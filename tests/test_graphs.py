@@ -20,7 +20,9 @@ def session(graph: Path) -> ort.InferenceSession:
     return ort.InferenceSession(graph, options)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8", "int4", "int4-mixed", "int4-all"])
+@pytest.mark.parametrize(
+    "precision", ["fp32", "fp16", "int8", "int8-blocks", "int4", "int4-mixed", "int4-all"]
+)
 @pytest.mark.parametrize("part", ["decoder", "embedding", "vision"])
 def test_every_graph_passes_the_checker_of_onnx(
     precision: str, part: str, checkpoint_of: Callable[..., Path], bundle_of: Callable[..., Path]

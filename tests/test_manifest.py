@@ -14,11 +14,11 @@ from typing import Any
 
 import jsonschema
 import pytest
-from test_bundle import document
+from test_bundle import CONTENT, document
 
 import autoglm_edge.runtime.manifest as module
-from autoglm_edge.errors import BundleError
-from autoglm_edge.quantize.recipe import PRESETS
+from autoglm_edge.errors import BundleError, QuantError
+from autoglm_edge.quantize.recipe import PRESETS, Recipe
 from autoglm_edge.runtime.manifest import Manifest
 
 SCHEMA = json.loads((Path(module.__file__).parent / "manifest.schema.json").read_text(encoding="utf-8"))
@@ -307,3 +307,109 @@ def test_a_damaged_calibration_is_refused(changed):
 def test_a_calibration_without_a_key_is_refused():
     with pytest.raises(BundleError, match="lacks the key 'tokens'"):
         read(document() | {"calibration": {"sha256": "a" * 64, "prompts": 3}})
+
+
+# --- the optional part
+
+
+def with_prefill(**changes: Any) -> Any:
+    """A document that lists the part for prompts, and its files."""
+    value = document({**CONTENT, "prefill.onnx": b"graph four", "prefill.onnx.data": b"x"})
+    value["parts"]["prefill"] = {
+        "graph": "prefill.onnx",
+        "data": "prefill.onnx.data",
+        "weight_bytes": 1,
+        "integer": True,
+    } | changes
+    return value
+
+
+def test_a_part_for_prompts_is_read_written_and_described():
+    manifest = read(with_prefill())
+
+    assert manifest.parts["prefill"].integer and not manifest.parts["decoder"].integer
+    assert json.loads(manifest.to_json()) == with_prefill()
+    assert Manifest.from_json(manifest.to_json()) == manifest
+    VALIDATOR.validate(with_prefill())
+
+
+def test_a_part_that_says_it_is_no_integer_one_is_the_same_as_one_that_says_nothing():
+    value = with_prefill(integer=False)
+
+    manifest = read(value)
+
+    VALIDATOR.validate(value)
+    del value["parts"]["prefill"]["integer"]
+    assert json.loads(manifest.to_json()) == value
+    assert read(value) == manifest
+
+
+@pytest.mark.parametrize("integer", [0, 1, "true", None, [], {}])
+def test_an_integer_mark_that_is_no_boolean_is_refused(integer: Any):
+    value = with_prefill(integer=integer)
+
+    with pytest.raises(BundleError, match=r"parts\.prefill\.integer is .*must be of type bool"):
+        read(value)
+    assert not VALIDATOR.is_valid(value)
+
+
+@pytest.mark.parametrize("missing", ["graph", "data", "weight_bytes"])
+def test_a_part_for_prompts_must_be_whole(missing: str):
+    value = with_prefill()
+    del value["parts"]["prefill"][missing]
+
+    with pytest.raises(BundleError, match=f"parts.prefill lacks the key '{missing}'"):
+        read(value)
+    assert not VALIDATOR.is_valid(value)
+
+
+@pytest.mark.parametrize("file", ["prefill.onnx", "prefill.onnx.data"])
+def test_a_part_for_prompts_whose_files_are_not_listed_is_refused(file: str):
+    value = with_prefill()
+    value["files"] = [entry for entry in value["files"] if entry["path"] != file]
+
+    with pytest.raises(BundleError, match=f"part prefill needs {file}, which is not among its files"):
+        read(value)
+
+
+@pytest.mark.parametrize("name", ["Prefill", "prefil", "decoder2", ""])
+def test_no_other_part_is_known(name: str):
+    value = with_prefill()
+    value["parts"][name] = value["parts"].pop("prefill")
+
+    with pytest.raises(BundleError, match="optionally with prefill"):
+        read(value)
+    assert not VALIDATOR.is_valid(value)
+
+
+@pytest.mark.parametrize("name", ["decoder", "embedding", "vision"])
+def test_a_part_for_prompts_replaces_none_of_the_others(name: str):
+    value = with_prefill()
+    del value["parts"][name]
+
+    with pytest.raises(BundleError, match="lists the parts"):
+        read(value)
+    assert not VALIDATOR.is_valid(value)
+
+
+@pytest.mark.parametrize(
+    ("form", "valid"),
+    [
+        ({"bits": 8, "per": "channel", "groups": 2}, True),
+        ({"bits": 4, "per": "channel", "groups": 1}, False),
+        ({"bits": 8, "per": "row", "groups": 1}, False),
+        ({"bits": 8, "per": "channel", "groups": 0}, False),
+        ({"bits": 8, "per": "channel"}, False),
+        ({"bits": 8, "per": "channel", "groups": 1, "symmetric": True}, False),
+    ],
+)
+def test_the_schema_and_the_reader_of_recipes_agree_about_scales_per_channel(form: Any, valid: bool):
+    rule = {"pattern": "model.visual.*", "format": form, "layers": None, "refine": "none"}
+    recipe = PRESETS["int4"].to_json() | {"rules": [rule], "prefill": "int8"}
+
+    assert VALIDATOR.is_valid(document() | {"recipe": recipe}) is valid
+    if valid:
+        assert Recipe.from_json(recipe).to_json() == recipe
+    else:
+        with pytest.raises(QuantError):
+            Recipe.from_json(recipe)

@@ -25,6 +25,9 @@ from autoglm_edge.quantize.recipe import PRESETS
 
 SCALES = (1, 10, 100)
 
+BUNDLES = [("int8", None), ("int8-blocks", 1), ("int8-blocks", 4), ("int4", 1), ("int4", 4)]
+"""Preset and accuracy level; scales per channel have none."""
+
 GROWTH = 1.5
 """By how much the divergence may grow with the outliers, whatever their scale: other weights share blocks."""
 
@@ -109,28 +112,29 @@ def test_the_float_model_is_the_same_with_outlier_channels(
     assert divergence(scale, "fp32") < 1e-9
 
 
-@pytest.mark.parametrize("level", [1, 4])
-@pytest.mark.parametrize("precision", ["int8", "int4"])
+@pytest.mark.parametrize(("precision", "level"), BUNDLES)
 @pytest.mark.parametrize("scale", SCALES[1:])
 def test_outliers_cost_a_quantized_bundle_nothing(
-    scale: int, precision: str, level: int, divergence: Callable[..., float]
+    scale: int, precision: str, level: int | None, divergence: Callable[..., float]
 ) -> None:
     assert divergence(scale, precision, level) < GROWTH * divergence(1, precision, level)
 
 
-@pytest.mark.parametrize("level", [1, 4])
-@pytest.mark.parametrize("precision", ["int8", "int4"])
+@pytest.mark.parametrize(("precision", "level"), BUNDLES)
 def test_balancing_costs_a_model_without_outliers_nothing(
-    precision: str, level: int, divergence: Callable[..., float]
+    precision: str, level: int | None, divergence: Callable[..., float]
 ) -> None:
     plain = divergence(1, precision, level, balanced=False)
 
     assert divergence(1, precision, level) < GROWTH * plain
 
 
-@pytest.mark.parametrize(("precision", "level", "least"), [("int8", 4, 50), ("int8", 1, 20), ("int4", 4, 4)])
+@pytest.mark.parametrize(
+    ("precision", "level", "least"),
+    [("int8", None, 50), ("int8-blocks", 4, 50), ("int8-blocks", 1, 20), ("int4", 4, 4)],
+)
 def test_without_balancing_they_cost_a_lot(
-    precision: str, level: int, least: float, divergence: Callable[..., float]
+    precision: str, level: int | None, least: float, divergence: Callable[..., float]
 ) -> None:
     """Float activations alone, at level 1, do not help: the small columns are rounded among larger ones."""
     plain = divergence(1, precision, level, balanced=False)

@@ -50,7 +50,7 @@ def stop_at(stage: str, count: int = 1) -> Callable[[ProgressEvent], None]:
     return progress
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8", "int4"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8", "int8-blocks", "int4"])
 @pytest.mark.parametrize("shape", ["tiny", "odd-mha", "odd-heads6"])
 def test_a_bundle_verifies_and_its_graphs_load(
     shape: str, precision: str, checkpoint_of: Checkpoints, tmp_path: Path
@@ -68,6 +68,38 @@ def test_two_exports_give_the_same_bytes(tiny: Path, tmp_path: Path) -> None:
     export(tiny, tmp_path / "deeper" / "b")
 
     assert contents(tmp_path / "a") == contents(tmp_path / "deeper" / "b")
+
+
+def test_int4_with_float16_activations_is_a_bundle_without_integer_units(tiny: Path, tmp_path: Path) -> None:
+    bundle = export(tiny, tmp_path / "out", activations="float16")
+
+    assert not any(part.integer for part in bundle.manifest.parts.values())
+    for part in bundle.manifest.parts.values():
+        ort.InferenceSession(bundle.file(part.graph), providers=["CPUExecutionProvider"])
+
+
+@pytest.mark.parametrize(
+    ("precision", "integer"),
+    [
+        ("fp32", set()),
+        ("fp16", set()),
+        ("int8", {"decoder", "vision"}),
+        ("int8-blocks", set()),
+        ("int4", {"vision", "layer"}),
+        ("int4-all", {"layer"}),
+    ],
+)
+def test_the_manifest_says_which_graphs_are_for_integer_units(
+    precision: str, integer: set[str], tiny: Path, tmp_path: Path
+) -> None:
+    from onnx import load
+
+    bundle = export(tiny, tmp_path / "out", precision=precision)
+
+    assert {name for name, part in bundle.manifest.parts.items() if part.integer} == integer
+    for name, part in bundle.manifest.parts.items():
+        nodes = load(bundle.file(part.graph), load_external_data=False).graph.node
+        assert ("MatMulIntegerToFloat" in {node.op_type for node in nodes}) == (name in integer)
 
 
 def test_the_float_weights_are_those_of_the_checkpoint(tiny: Path, tmp_path: Path) -> None:
@@ -334,6 +366,33 @@ def test_the_same_command_continues_after_ctrl_c(stage: str, tiny: Path, tmp_pat
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
     assert not partial(tmp_path / "out").exists()
     assert next(event.detail for event in events if event.stage == "resume").startswith("continuing ")
+
+
+@pytest.mark.parametrize("part", [0.0, 0.4, 0.8, 0.97])
+def test_an_export_with_a_part_for_prompts_goes_on_from_anywhere(
+    part: float, tiny: Path, tmp_path: Path
+) -> None:
+    events: list[ProgressEvent] = []
+    export(tiny, tmp_path / "whole", prefill="int8", progress=events.append)
+    count = sum(event.stage == "weights" for event in events)
+    with pytest.raises(KeyboardInterrupt):
+        export(tiny, tmp_path / "out", prefill="int8", progress=stop_at("weights", 1 + int(part * count)))
+
+    with pytest.raises(ExportError, match="another kind"):
+        export(tiny, tmp_path / "out")
+    export(tiny, tmp_path / "out", prefill="int8", resume=True)
+
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert {"prefill.onnx", "prefill.onnx.data"} <= set(contents(tmp_path / "out"))
+
+
+def test_an_export_without_a_part_for_prompts_replaces_one_that_has_it(tiny: Path, tmp_path: Path) -> None:
+    export(tiny, tmp_path / "out", prefill="int8")
+
+    bundle = export(tiny, tmp_path / "out", force=True)
+
+    assert set(bundle.manifest.parts) == {"decoder", "embedding", "vision", "layer"}
+    assert not list(bundle.path.glob("prefill*"))
 
 
 def test_continuing_skips_the_weights_that_are_done(tiny: Path, tmp_path: Path) -> None:

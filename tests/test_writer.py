@@ -15,8 +15,10 @@ from numpy.typing import NDArray
 
 from autoglm_edge.errors import ExportError, QuantError
 from autoglm_edge.export import writer
+from autoglm_edge.export.integers import channel_pieces
 from autoglm_edge.export.plan import ITEM_BYTES, PartPlan, Piece, Weight, lay_out
 from autoglm_edge.export.writer import chunk_rows, in_flight_bytes, source_matrix, write_part
+from autoglm_edge.quantize.channels import ChannelFormat, quantize_channels
 from autoglm_edge.quantize.formats import BlockFormat, Quantized, quantize_rows
 from autoglm_edge.quantize.gptq import TILE_ROWS
 from autoglm_edge.quantize.refine import search_rows
@@ -70,6 +72,11 @@ def quantized_weight(name: str, rows: int, columns: int, fmt: BlockFormat, dtype
     return Weight(name, rows, columns, "quantize", tuple(pieces), fmt)
 
 
+def channel_weight(name: str, rows: int, columns: int, groups: int = 1) -> Weight:
+    fmt = ChannelFormat(8, groups)
+    return Weight(name, rows, columns, "quantize", channel_pieces(f"{name}", rows, columns, fmt), fmt)
+
+
 def random(*shape: int) -> NDArray[np.float32]:
     return np.random.default_rng(sum(shape)).standard_normal(shape).astype(np.float32)
 
@@ -121,6 +128,46 @@ def test_a_transposed_weight_is_stored_column_by_column(
 
     stored = read(tmp_path / "data", plan.weights[0].pieces[0])
     assert np.array_equal(stored, values.T.astype(dtype))
+
+
+@pytest.mark.parametrize("refine", ["none", "search"])
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("shape", [(64, 96), (33, 132), (1, 1000), (5000, 4), (200, 8), (65, 2052)])
+def test_integers_with_a_scale_per_channel_are_stored_column_by_column(
+    shape: tuple[int, int], groups: int, refine: Any, tmp_path: Path
+) -> None:
+    values = random(*shape)
+    plan = plan_of(replace(channel_weight("w", *shape, groups), refine=refine))
+
+    write_part(plan, Store(w=values), tmp_path / "data", workers=3)
+
+    whole = quantize_channels(values, ChannelFormat(8, groups), refine=refine)
+    stored = [read(tmp_path / "data", piece) for piece in plan.weights[0].pieces]
+    data, scales = np.concatenate(stored[0::2]), np.stack(stored[1::2], axis=1)
+    assert [piece.dtype for piece in plan.weights[0].pieces] == ["int8", "float32"] * groups
+    assert np.array_equal(data, whole.data.T)
+    assert np.array_equal(scales, whole.scales)
+
+
+def test_a_plan_that_does_not_fit_the_channels_is_refused(tmp_path: Path) -> None:
+    weight = channel_weight("w", 60, 64, 2)
+    data, scales, *rest = weight.pieces
+    wrong = {
+        "has 2 pieces, its format 4": (data, scales),
+        r"w_scales should be float16 \(60,\), the format gives float32": (
+            data,
+            replace(scales, dtype="float16"),
+            *rest,
+        ),
+        r"w_data should be int8 \(31, 60\), the format gives int8 \(32, 60\)": (
+            replace(data, shape=(31, 60)),
+            scales,
+            *rest,
+        ),
+    }
+    for said, pieces in wrong.items():
+        with pytest.raises(ExportError, match=said):
+            write_part(plan_of(replace(weight, pieces=pieces)), Store(w=random(60, 64)), tmp_path / "data")
 
 
 @pytest.mark.parametrize("scales", ["float32", "float16"])
@@ -183,11 +230,12 @@ def test_a_permuted_weight_is_seen_in_the_order_of_the_permutation(tmp_path: Pat
 
 
 def test_the_number_of_threads_does_not_change_a_byte(tmp_path: Path) -> None:
-    store = Store(a=random(300, 64), b=random(300, 64), c=random(300))
+    store = Store(a=random(300, 64), b=random(300, 64), c=random(300), d=random(300, 64))
     plan = plan_of(
         copy_weight("a", 300, 64, action="transpose"),
         quantized_weight("b", 300, 64, BlockFormat(4, 32, False)),
         copy_weight("c", 300, dtype="float16"),
+        channel_weight("d", 300, 64, 2),
     )
 
     for workers in (1, 2, 7):
