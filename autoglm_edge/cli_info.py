@@ -1,6 +1,8 @@
 """`autoglm info`: what a bundle is, and whether it is intact.
 
-In: a bundle folder. Out: a table or a document on stdout. A skin over `Bundle.open` and `Bundle.verify`.
+In: a bundle folder. Out: a table or a document on stdout: the manifest's facts, what follows from them, and
+how the bundle would run on this machine. A skin over `Bundle.open`, `Bundle.verify` and `plan_model`; loads
+no graph of the bundle.
 """
 
 from __future__ import annotations
@@ -20,13 +22,19 @@ from autoglm_edge.cli_common import (
     harmless,
     print_json,
 )
+from autoglm_edge.cli_prepare import describe, prepared_parts
+from autoglm_edge.errors import EdgeError
 
 if TYPE_CHECKING:
     from autoglm_edge.runtime.bundle import Bundle
-    from autoglm_edge.runtime.manifest import Manifest
+    from autoglm_edge.runtime.manifest import ImageSpec, Manifest
 
 SCREENS = ((720, 1600), (1080, 2400), (1440, 3200))
 """Usual screenshots, width and height, whose tokens are told."""
+BUDGETS = (256, 512, 768, 1024, 1536, 2048, 3072)
+"""Budgets of image tokens that are told, as far as a bundle's own is larger."""
+BUDGET_SCREEN = (1080, 2400)
+"""The screenshot that they are told for."""
 CONTEXTS = (4096, 25480)
 """Context lengths whose cache is told; the second is the one that Open-AutoGLM's README serves with."""
 
@@ -58,20 +66,55 @@ def info(bundle: Path, verify: bool, as_json: bool) -> None:
             click.echo(f"Every file is as the manifest says ({len(opened.manifest.files)} files)")
     if as_json:
         print_json(
-            {**_document(opened.manifest), "bundle": str(bundle), "verified": True if verify else None}
+            {
+                **_document(opened.manifest),
+                **_plan(opened)[0],
+                "bundle": str(bundle),
+                "verified": True if verify else None,
+            }
         )
 
 
 def image_tokens(manifest: Manifest) -> dict[str, int]:
     """Tokens that usual screenshots become, by "WIDTHxHEIGHT"."""
+    return {f"{width}x{height}": _tokens((width, height), manifest.image) for width, height in SCREENS}
+
+
+def budget_tokens(manifest: Manifest) -> dict[int, int]:
+    """Tokens that a screenshot of BUDGET_SCREEN becomes, by --max-image-tokens; the bundle's own last."""
+    own = manifest.image.max_tokens
+    least = -(-manifest.image.min_pixels // manifest.image.pixels_per_token)
+    budgets = [budget for budget in BUDGETS if least <= budget < own]
+    tokens = {budget: _tokens(BUDGET_SCREEN, manifest.image.with_max_tokens(budget)) for budget in budgets}
+    return tokens | {own: _tokens(BUDGET_SCREEN, manifest.image)}
+
+
+def _tokens(screen: tuple[int, int], image: ImageSpec) -> int:
     from autoglm_edge.runtime.image import fit
 
-    tokens = {}
-    for width, height in SCREENS:
-        fitted_height, fitted_width = fit(height, width, manifest.image)
-        side = manifest.image.patch_size * manifest.image.merge_size
-        tokens[f"{width}x{height}"] = (fitted_height // side) * (fitted_width // side)
-    return tokens
+    width, height = screen
+    fitted_height, fitted_width = fit(height, width, image)
+    side = image.patch_size * image.merge_size
+    return (fitted_height // side) * (fitted_width // side)
+
+
+def _plan(bundle: Bundle) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+    """How the bundle would run here, as a document and as rows."""
+    from autoglm_edge.runtime.plan import plan_model
+    from autoglm_edge.runtime.session import SessionOptions
+
+    parts = prepared_parts(bundle)
+    rows = [(f"prepared {name}", describe(state)) for name, state in parts.items()]
+    try:
+        plan = plan_model(bundle, SessionOptions())
+    except EdgeError as error:  # it cannot run here; what it is can be shown all the same
+        return {"plan": None, "plan_error": str(error), "prepared": parts}, [("here", str(error)), *rows]
+    here = [
+        ("here", f"prompts by {plan.prefill} ({plan.prefill_reason})"),
+        ("", f"weights {plan.weights} ({plan.weights_reason})"),
+        ("", f"{plan.threads} threads ({plan.threads_reason})"),
+    ]
+    return {"plan": dataclasses.asdict(plan), "plan_error": None, "prepared": parts}, here + rows
 
 
 def _document(manifest: Manifest) -> dict[str, Any]:
@@ -79,6 +122,7 @@ def _document(manifest: Manifest) -> dict[str, Any]:
     plain = dataclasses.asdict(manifest)
     plain["total_bytes"] = manifest.total_bytes
     plain["image_tokens"] = {"most": manifest.image.max_tokens, **image_tokens(manifest)}
+    plain["image_budgets"] = {str(budget): tokens for budget, tokens in budget_tokens(manifest).items()}
     plain["kv_bytes"] = {str(tokens): manifest.kv_bytes_per_token * tokens for tokens in CONTEXTS}
     return plain
 
@@ -89,6 +133,7 @@ def _print_table(bundle: Bundle) -> None:
     contexts = [tokens for tokens in CONTEXTS if tokens <= shape.context_length]
     revision = f" at {source.revision[:12]}" if source.revision else ""
     screens = ", ".join(f"{tokens:,} for {screen}" for screen, tokens in image_tokens(manifest).items())
+    budgets = ", ".join(f"{budget:,} → {tokens:,}" for budget, tokens in budget_tokens(manifest).items())
     rows = [
         ("bundle", str(bundle.path)),
         ("made by", manifest.created_by),
@@ -99,14 +144,16 @@ def _print_table(bundle: Bundle) -> None:
         ("vocabulary", f"{shape.vocab:,} ids"),
         ("context", f"{shape.context_length:,} tokens at most"),
         ("image", f"{manifest.image.max_tokens:,} tokens at most; {screens}"),
+        ("", f"{BUDGET_SCREEN[0]}x{BUDGET_SCREEN[1]} with --max-image-tokens: {budgets}"),
         ("kv cache", f"{manifest.kv_dtype}, {format_bytes(manifest.kv_bytes_per_token)} per token"),
         *(("", f"{format_bytes(manifest.kv_bytes_per_token * n)} for {n:,} tokens") for n in contexts),
         *(
-            (name, f"{format_bytes(part.weight_bytes)} in {part.data}")
+            (name, f"{format_bytes(part.weight_bytes)} in {part.data}{', 8-bit integers' * part.integer}")
             for name, part in manifest.parts.items()
         ),
         ("in all", f"{format_bytes(manifest.total_bytes)} in {len(manifest.files) + 1} files"),
     ]
+    rows += _plan(bundle)[1]
     rows += [(f"figure {name}", str(value)) for name, value in manifest.figures.items()]
     width = max(len(name) for name, _ in rows)
     for name, value in rows:

@@ -10,16 +10,22 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from autoglm_edge.errors import BundleError, DeviceError
+from autoglm_edge.errors import BundleError, DeviceError, RequestError
+
+from .topology import choose_threads
 
 Device = Literal["cpu", "cuda"]
+Weights = Literal["auto", "mapped", "packed", "prepared"]
+Prefill = Literal["auto", "integer", "layers", "decoder"]
 PROVIDERS: dict[str, str] = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 MAX_THREADS = 1024
+MAPPED = {"session.disable_prepacking": "1"}
+"""Entries of a session whose weights stay in their file: fast only for graphs in integer form."""
 _MEMORY_SIGNS = ("allocate memory", "bad_alloc", "out of memory")
 
 
@@ -29,11 +35,20 @@ class SessionOptions:
 
     Attributes:
         device: "cpu" or "cuda".
-        threads: for one operator; 0 takes one per core that this process may use.
+        threads: for one operator; 0 takes what fits the machine (`topology.choose_threads`).
+        weights: where the decoder's weights are while it runs. "packed": copied into memory in the kernels'
+            own layout. "prepared": the same layout, once per machine in a file of the user's cache folder and
+            mapped from there. "mapped": the bundle's own file, for graphs in integer form. "auto" chooses.
+        prefill: "integer" reads prompts through the bundle's prefill graph; "layers" layer by layer, with
+            weights that are expanded to 8 bits on the way; "decoder" through the decoder. "auto" chooses.
+        prepare: with weights "auto", make prepared weights of a large bundle that has none.
     """
 
     device: Device = "cpu"
     threads: int = 0
+    weights: Weights = "auto"
+    prefill: Prefill = "auto"
+    prepare: bool = True
 
     def __post_init__(self) -> None:
         if not isinstance(self.device, str) or self.device not in PROVIDERS:
@@ -41,6 +56,14 @@ class SessionOptions:
         whole = isinstance(self.threads, int) and not isinstance(self.threads, bool)
         if not whole or not 0 <= self.threads <= MAX_THREADS:
             raise DeviceError(f"threads is {self.threads!r}, must be 0 (one per core) to {MAX_THREADS}")
+        for name, value, choices in (
+            ("weights", self.weights, get_args(Weights)),
+            ("prefill", self.prefill, get_args(Prefill)),
+        ):
+            if value not in choices:
+                raise RequestError(f"{name} is {value!r}, must be one of {', '.join(choices)}")
+        if not isinstance(self.prepare, bool):
+            raise RequestError(f"prepare is {self.prepare!r}, must be True or False")
         if PROVIDERS[self.device] not in ort.get_available_providers():
             raise DeviceError(
                 f"device {self.device!r} needs {PROVIDERS[self.device]}, but this onnxruntime only offers "
@@ -50,26 +73,46 @@ class SessionOptions:
     @property
     def thread_count(self) -> int:
         """Threads that one operator uses."""
-        return self.threads or usable_cores()
+        return choose_threads(self.threads).count
 
 
 def usable_cores() -> int:
-    """Cores that this process may run on."""
+    """CPUs that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def open_session(graph: Path, options: SessionOptions) -> ort.InferenceSession:
-    """Load a graph with its weights.
-
-    Raises:
-        BundleError: onnxruntime refuses the file.
-        DeviceError: the device's libraries cannot be loaded.
-    """
+def session_settings(options: SessionOptions, entries: Mapping[str, str] | None = None) -> ort.SessionOptions:
+    """What all sessions have in common, and the entries of this one."""
     settings = ort.SessionOptions()
     settings.intra_op_num_threads = options.thread_count
     settings.inter_op_num_threads = 1
     settings.log_severity_level = 3
     settings.add_session_config_entry("session.prepack.enable_parallel", "1")
+    # A waiting thread sleeps: it costs nothing on an idle machine and is several times faster on a busy one.
+    settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    for name, value in (entries or {}).items():
+        settings.add_session_config_entry(name, value)
+    return settings
+
+
+def open_session(
+    graph: Path, options: SessionOptions, *, entries: Mapping[str, str] | None = None, optimize: bool = True
+) -> ort.InferenceSession:
+    """Load a graph with its weights.
+
+    Args:
+        graph: its file.
+        options: device and threads; where the weights go is said by `entries`.
+        entries: session entries of onnxruntime, such as `MAPPED`.
+        optimize: False for a graph that was saved optimized.
+
+    Raises:
+        BundleError: onnxruntime refuses the file.
+        DeviceError: the device's libraries cannot be loaded.
+    """
+    settings = session_settings(options, entries)
+    if not optimize:
+        settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     try:
         session = ort.InferenceSession(graph, settings, providers=_providers(options))
     except Exception as error:  # onnxruntime's exceptions share no base class of their own

@@ -12,7 +12,14 @@ import pytest
 from autoglm_edge.errors import BundleError, DeviceError
 from autoglm_edge.runtime.bundle import Bundle
 from autoglm_edge.runtime.model import Model
-from autoglm_edge.runtime.session import SessionOptions, open_session, run_errors
+from autoglm_edge.runtime.session import (
+    MAPPED,
+    SessionOptions,
+    open_session,
+    run_errors,
+    session_settings,
+    usable_cores,
+)
 
 
 @pytest.fixture(scope="module")
@@ -107,3 +114,24 @@ def test_a_device_whose_libraries_are_missing_is_refused_and_not_replaced(
 
     with pytest.raises(DeviceError, match="libraries cannot be loaded"):
         open_session(bundle.file("embedding.onnx"), SessionOptions(device="cuda"))
+
+
+def test_threads_that_are_asked_for_are_taken_and_others_fit_the_machine() -> None:
+    assert SessionOptions(threads=3).thread_count == 3
+    assert 1 <= SessionOptions().thread_count <= usable_cores()
+
+
+def test_session_entries_reach_the_session(bundle: Bundle) -> None:
+    settings = session_settings(SessionOptions(threads=1), MAPPED)
+
+    assert settings.get_session_config_entry("session.disable_prepacking") == "1"
+    assert settings.get_session_config_entry("session.intra_op.allow_spinning") == "0"
+    session = open_session(bundle.file("embedding.onnx"), SessionOptions(threads=1), entries=MAPPED)
+    assert session.get_session_options().get_session_config_entry("session.disable_prepacking") == "1"
+
+
+def test_a_graph_that_is_no_graph_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "decoder.onnx").write_bytes(b"no graph")
+
+    with pytest.raises(BundleError, match=r"cannot be loaded by onnxruntime .*info --verify"):
+        open_session(tmp_path / "decoder.onnx", SessionOptions(threads=1))
