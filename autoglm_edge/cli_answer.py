@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -116,15 +116,24 @@ def counts_of(last: Delta) -> dict[str, Any]:
             "prompt_tokens": usage.prompt_tokens,
             "image_tokens": usage.image_tokens,
             "completion_tokens": usage.completion_tokens,
+            "cached_tokens": usage.cached_tokens,
         },
         "timings": {
             "ttft_ms": round(timings.ttft_ms, 3),
+            "reuse_ms": round(timings.reuse_ms, 3),
             "image_ms": round(timings.image_ms, 3),
             "prefill_ms": round(timings.prefill_ms, 3),
             "decode_ms": round(timings.decode_ms, 3),
             "prefill_tokens_per_s": round(timings.prefill_tokens_per_s, 2),
             "decode_tokens_per_s": round(timings.decode_tokens_per_s, 2),
+            "reused_tokens": timings.reused_tokens,
+            "encoded_images": timings.encoded_images,
+            "cached_images": timings.cached_images,
+            "decoder_runs": timings.decoder_runs,
+            "drafted_tokens": timings.drafted_tokens,
+            "accepted_tokens": timings.accepted_tokens,
         },
+        "plan": None if timings.plan is None else asdict(timings.plan),
     }
 
 
@@ -132,10 +141,13 @@ def print_summary(last: Delta) -> None:
     """Counts and times of an answer, for people, on stderr."""
     counts = counts_of(last)
     usage, timings = counts["usage"], counts["timings"]
-    images = f" ({usage['image_tokens']} of images)" if usage["image_tokens"] else ""
+    kinds = ((usage["image_tokens"], "of images"), (usage["cached_tokens"], "reused"))
+    told = ", ".join(f"{count} {kind}" for count, kind in kinds if count)
+    drafts = f" ({timings['accepted_tokens']} drafted)" if timings["accepted_tokens"] else ""
     ends = {"length": "; cut off by the token limit", "cancelled": "; cancelled"}
     click.echo(
-        f"{usage['prompt_tokens']} prompt tokens{images}, {usage['completion_tokens']} answer tokens"
+        f"{usage['prompt_tokens']} prompt tokens{f' ({told})' if told else ''}"
+        f", {usage['completion_tokens']} answer tokens{drafts}"
         f"; first after {timings['ttft_ms'] / 1e3:.2f} s"
         f", prefill {timings['prefill_tokens_per_s']:.0f} tokens/s"
         f", decode {timings['decode_tokens_per_s']:.1f} tokens/s{ends.get(counts['finish_reason'], '')}",

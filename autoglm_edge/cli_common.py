@@ -136,6 +136,21 @@ device_option = click.option(
     "--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Where to compute."
 )
 
+weights_option = click.option(
+    "--weights",
+    type=click.Choice(["auto", "packed", "prepared", "mapped"]),
+    default="auto",
+    show_default=True,
+    help="Where the decoder's weights are while it runs.",
+)
+prompts_option = click.option(
+    "--prompts",
+    type=click.Choice(["auto", "integer", "layers", "decoder"]),
+    default="auto",
+    show_default=True,
+    help="What reads prompts.",
+)
+
 
 @contextmanager
 def needs_extra(extra: str, packages: Collection[str], who: str) -> Iterator[None]:

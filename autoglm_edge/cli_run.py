@@ -7,6 +7,7 @@ times. A skin over `Engine.chat`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -24,18 +25,23 @@ from autoglm_edge.cli_answer import (
 from autoglm_edge.cli_chat import hold_chat
 from autoglm_edge.cli_common import (
     EdgeCommand,
+    ProgressLine,
     as_unicode,
     check_is_bundle,
     device_option,
     examples,
     image_layout_option,
     print_json,
+    prompts_option,
     read_stdin,
+    weights_option,
 )
 from autoglm_edge.errors import EdgeError, RequestError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+    from autoglm_edge.runtime.reuse import ReuseOptions
 
 
 def _sampling_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -91,10 +97,21 @@ def _sampling_options(command: Callable[..., None]) -> Callable[..., None]:
 )
 @click.option("--threads", type=click.IntRange(min=1), metavar="N", help="Threads. [default: one per core]")
 @device_option
+@weights_option
+@prompts_option
+@click.option("--no-prepare", is_flag=True, help="Do not prepare the weights of a large bundle.")
 @image_layout_option
 @click.option(
     "--max-image-tokens", type=click.IntRange(min=1), metavar="N", help="Shrink larger pictures to N tokens."
 )
+@click.option(
+    "--prefix-cache",
+    type=click.Path(path_type=Path, file_okay=False),
+    metavar="DIR",
+    help="Keep in DIR what prompts begin with, so that the next start need not compute it.",
+)
+@click.option("--no-lookup", is_flag=True, help="Do not draft the answer from what came before.")
+@click.option("--no-reuse", is_flag=True, help="Compute every prompt and picture of a conversation anew.")
 def run(
     bundle: Path,
     text: str | None,
@@ -116,8 +133,14 @@ def run(
     context: int | None,
     threads: int | None,
     device: Literal["cpu", "cuda"],
+    weights: Literal["auto", "packed", "prepared", "mapped"],
+    prompts: Literal["auto", "integer", "layers", "decoder"],
+    no_prepare: bool,
     image_layout: Literal["plain", "newline"],
     max_image_tokens: int | None,
+    prefix_cache: Path | None,
+    no_lookup: bool,
+    no_reuse: bool,
 ) -> None:
     """Answer TEXT from the bundle in the folder OUT.
 
@@ -140,6 +163,7 @@ def run(
     }
     given = {name: value for name, value in sampling.items() if value is not None}
     _check_sampling(given, stop)
+    reuse = _reuse_options(prefix_cache, lookup=not no_lookup, reuse=not no_reuse)
     options: dict[str, Any] = {**given, "stop": stop}
     if max_tokens is not None:
         options["max_tokens"] = max_tokens
@@ -153,6 +177,7 @@ def run(
 
     from autoglm_edge.runtime.engine import Engine
 
+    progress = ProgressLine()
     with Engine.load(
         bundle,
         device=device,
@@ -160,7 +185,13 @@ def run(
         context=context,
         image_layout=image_layout,
         max_image_tokens=max_image_tokens,
+        weights=weights,
+        prefill=prompts,
+        prepare=not no_prepare,
+        reuse=reuse,
+        tell=progress,
     ) as engine:
+        progress.close()
         if chat:
             hold_chat(engine, conversation, text, options)
             return
@@ -210,6 +241,22 @@ def _check_sampling(values: dict[str, Any], stop: Sequence[str]) -> None:
         StopText(stop)
     except RequestError as error:
         raise click.UsageError(str(error)) from error
+
+
+def _reuse_options(prefix_cache: Path | None, *, lookup: bool, reuse: bool) -> ReuseOptions:
+    """What the engine may keep.
+
+    Raises:
+        click.UsageError: a folder to keep it in, and nothing to be kept.
+    """
+    from autoglm_edge.runtime.reuse import ReuseOptions
+
+    drafts: Literal["auto", False] = "auto" if lookup else False
+    if not reuse:
+        if prefix_cache is not None:
+            raise click.UsageError("--prefix-cache keeps what --no-reuse does not use; leave one of them out")
+        return replace(ReuseOptions.off(), lookup=drafts)
+    return ReuseOptions(prefix_cache_dir=prefix_cache, lookup=drafts)
 
 
 def _read_system(system: str | None) -> str | None:

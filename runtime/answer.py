@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from .plan import ModelPlan
 
 FinishReason = Literal["stop", "length", "cancelled"]
 
@@ -17,24 +20,34 @@ class Usage:
         prompt_tokens: image tokens included.
         image_tokens: placeholders of all images.
         completion_tokens: sampled tokens, the one that ended the answer included.
+        cached_tokens: tokens of the prompt whose keys and values were there already.
     """
 
     prompt_tokens: int
     image_tokens: int
     completion_tokens: int
+    cached_tokens: int = 0
 
 
 @dataclass(frozen=True)
 class Timings:
-    """Where the time of one answer went, in milliseconds.
+    """Where the time of one answer went, in milliseconds, and what was not computed anew.
 
     Attributes:
         image_ms: reading and encoding the images.
-        prefill_ms: running the prompt through the decoder.
+        prefill_ms: running the prompt, but what was reused of it.
         decode_ms: all tokens after the first.
         ttft_ms: from the call to the first token.
-        prompt_tokens: tokens that were prefilled.
+        prompt_tokens: tokens that were prefilled: those of the prompt but the reused ones.
         decoded_tokens: tokens that decode_ms covers.
+        reuse_ms: finding the beginning of the prompt among what is kept, and putting it back.
+        reused_tokens: tokens of that beginning.
+        encoded_images: pictures that went through the vision graph.
+        cached_images: pictures that did not: their features were kept, or their tokens were reused.
+        drafted_tokens: tokens of the answer that were run before they were sampled.
+        accepted_tokens: those of them that were sampled then.
+        decoder_runs: runs after the prompt; without drafts one per token.
+        plan: how the graphs were opened; None where nobody said.
     """
 
     image_ms: float
@@ -43,6 +56,14 @@ class Timings:
     ttft_ms: float
     prompt_tokens: int
     decoded_tokens: int
+    reuse_ms: float = 0.0
+    reused_tokens: int = 0
+    encoded_images: int = 0
+    cached_images: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
+    decoder_runs: int = 0
+    plan: ModelPlan | None = None
 
     @property
     def prefill_tokens_per_s(self) -> float:
@@ -75,11 +96,35 @@ class Delta:
 
 
 class Clock:
-    """Moments of one answer; it starts when it is made."""
+    """Moments and counts of one answer; it starts when it is made.
+
+    Attributes:
+        drafted_tokens: as in Timings.
+        accepted_tokens: as in Timings.
+        decoder_runs: as in Timings.
+        reused_tokens: as in Timings.
+    """
 
     def __init__(self) -> None:
-        self._started = time.perf_counter()
-        self._images = self._prefill = self._first = self._last = self._started
+        self.drafted_tokens = self.accepted_tokens = self.decoder_runs = self.reused_tokens = 0
+        self._encoded = self._cached = 0
+        self._reuse_ms = 0.0
+        now = time.perf_counter()
+        self._started = self._images = self._prefill = self._first = self._last = now
+
+    def reuse_begins(self) -> None:
+        """The prompt is laid out."""
+        self._reuse_ms = -1e3 * time.perf_counter()
+
+    def reuse_done(self, tokens: int) -> None:
+        """So many tokens of the prompt are in the cache."""
+        self._reuse_ms += 1e3 * time.perf_counter()
+        self.reused_tokens = tokens
+
+    def image_done(self, *, cached: bool) -> None:
+        """A picture is encoded, or need not be."""
+        self._cached += cached
+        self._encoded += not cached
 
     def images_done(self) -> None:
         """All images are encoded, or there are none."""
@@ -95,13 +140,21 @@ class Clock:
         if count == 1:
             self._first = self._last
 
-    def timings(self, prompt_tokens: int, sampled: int) -> Timings:
+    def timings(self, prompt_tokens: int, sampled: int, plan: ModelPlan | None = None) -> Timings:
         """The times between those moments; what never came took 0 ms."""
         return Timings(
-            image_ms=1e3 * (self._images - self._started),
-            prefill_ms=1e3 * (self._prefill - self._images),
+            image_ms=max(0.0, 1e3 * (self._images - self._started) - self._reuse_ms),
+            prefill_ms=max(0.0, 1e3 * (self._prefill - self._images)),
             decode_ms=1e3 * (self._last - self._first),
             ttft_ms=1e3 * (self._first - self._started),
-            prompt_tokens=prompt_tokens,
+            prompt_tokens=prompt_tokens - self.reused_tokens,
             decoded_tokens=max(0, sampled - 1),
+            reuse_ms=self._reuse_ms,
+            reused_tokens=self.reused_tokens,
+            encoded_images=self._encoded,
+            cached_images=self._cached,
+            drafted_tokens=self.drafted_tokens,
+            accepted_tokens=self.accepted_tokens,
+            decoder_runs=self.decoder_runs,
+            plan=plan,
         )

@@ -1,6 +1,7 @@
-"""The engine: messages in, an answer out, one token at a time. The one decode loop of the project.
+"""The engine: messages in, an answer out, a delta per token.
 
-    messages ─ prompt (template, images, positions) ─ prefill in chunks ─ sample ─ decode … ─ deltas of text
+    messages ─ prompt (template, images, positions) ─ runner (reuse, prefill) ─ generation (sample, decode) ─
+    deltas of text
 
 In: a bundle. Out: `Delta`s, logits or token ids. Knows no model family, no HTTP and no files beside the
 bundle.
@@ -22,25 +23,27 @@ from PIL import Image
 
 from autoglm_edge.errors import BundleError, ContextLengthError, RequestError
 
-from .answer import Clock, Delta, FinishReason, Usage
+from .answer import Clock, Delta, Usage
 from .bundle import Bundle
-from .cache import KVCache
+from .generation import Cancel, Drafter, generate
 from .image import PatchedImage
 from .messages import read_messages
 from .model import Model
+from .pace import BLOCK_COSTS, INTEGER_COSTS, Pace
+from .plan import ModelPlan
+from .prepared import Tell
 from .prompt import Prompt, build_prompt, prompt_from_ids, prompt_ids
+from .reply import reply
+from .reuse import ReuseOptions
+from .runner import make_runner
 from .sampling import Sampler, SamplingParams
-from .session import Device, SessionOptions
+from .session import Device, Prefill, SessionOptions, Weights
 from .stops import StopText, read_stops
 from .template import IMAGE_LAYOUTS, ChatTemplate, ImageLayout
-from .tokenizer import StreamDecoder, Tokenizer
+from .tokenizer import Tokenizer
 
 DEFAULT_CONTEXT = 25480
 """Tokens held unless asked otherwise: what the reference deployment of the phone agent serves."""
-PREFILL_CHUNK = 512
-"""Tokens per decoder run of a prefill; bounds its activations."""
-SCORE_CHUNK = 64
-"""Tokens per run when every position is scored: V floats each."""
 GUARD_STOPS = ("</answer>",)
 """Never part of an answer: agents parse what stands before it, and a trailing one breaks their parser."""
 
@@ -52,6 +55,7 @@ class Engine:
         bundle: what was loaded.
         tokenizer: of the bundle.
         context: tokens that prompt and answer may have together.
+        reuse: what is kept between answers.
     """
 
     def __init__(
@@ -62,6 +66,8 @@ class Engine:
         context: int | None = None,
         image_layout: ImageLayout = "plain",
         max_image_tokens: int | None = None,
+        reuse: ReuseOptions | None = None,
+        tell: Tell | None = None,
     ) -> None:
         """Open the sessions.
 
@@ -72,6 +78,8 @@ class Engine:
             image_layout: "plain" puts text right after an image, as the checkpoint's template does; "newline"
                 puts a newline between them, as vLLM's string content format does.
             max_image_tokens: most tokens of a picture; lowers the bundle's pixel budget, never raises it.
+            reuse: what is kept between answers, and whether answers are drafted; default ReuseOptions().
+            tell: told when weights are prepared for this machine first, which takes long; default the log.
 
         Raises:
             BundleError: graphs, tokenizer and manifest are not of one export.
@@ -99,8 +107,10 @@ class Engine:
         self.tokenizer = Tokenizer.from_folder(bundle.path)
         _check_ids(bundle, self.tokenizer)
         self.template = ChatTemplate.from_folder(bundle.path)
-        self._model: Model | None = Model(bundle, options or SessionOptions())
-        self._cache: KVCache | None = self._model.new_cache(self.context)
+        self.reuse = reuse or ReuseOptions()
+        options = options or SessionOptions()
+        self._runner = make_runner(Model(bundle, options, tell), bundle, self.context, self.reuse)
+        self._pace = Pace(INTEGER_COSTS if manifest.parts["decoder"].integer else BLOCK_COSTS)
         self._busy = threading.Lock()
 
     @classmethod
@@ -113,6 +123,11 @@ class Engine:
         context: int | None = None,
         image_layout: ImageLayout = "plain",
         max_image_tokens: int | None = None,
+        weights: Weights = "auto",
+        prefill: Prefill = "auto",
+        prepare: bool = True,
+        reuse: ReuseOptions | None = None,
+        tell: Tell | None = None,
     ) -> Engine:
         """Open the bundle at `path`; the arguments are those of `SessionOptions` and `Engine`.
 
@@ -123,10 +138,12 @@ class Engine:
         """
         return cls(
             Bundle.open(path),
-            options=SessionOptions(device, threads),
+            options=SessionOptions(device, threads, weights, prefill, prepare),
             context=context,
             image_layout=image_layout,
             max_image_tokens=max_image_tokens,
+            reuse=reuse,
+            tell=tell,
         )
 
     def __enter__(self) -> Engine:
@@ -139,7 +156,16 @@ class Engine:
 
     def close(self) -> None:
         """Free sessions and cache; an answer under way ends with an error, and no other can begin."""
-        self._model = self._cache = None
+        self._runner.close()
+
+    @property
+    def plan(self) -> ModelPlan:
+        """How the bundle runs on this machine, and why.
+
+        Raises:
+            RequestError: the engine is closed.
+        """
+        return self._runner.plan
 
     def prompt(self, messages: Sequence[Mapping[str, Any]], *, max_tokens: int = 1) -> Prompt:
         """Messages as the model will see them: ids, patched images and positions.
@@ -214,7 +240,7 @@ class Engine:
                 step: the engine is giving another answer.
             ContextLengthError: prompt and answer do not fit.
         """
-        self._parts()
+        self._check_open()
         clock = Clock()
         params = SamplingParams(
             temperature=temperature,
@@ -235,7 +261,7 @@ class Engine:
         prompt = self.prompt(messages, max_tokens=max_tokens or 1)
         sampler = Sampler(params, vocab=self.tokenizer.vocab_size, prompt_ids=prompt.ids)
         budget = max_tokens or self.context - len(prompt.ids)
-        return self._answer(prompt, sampler, stops, budget, _Cancel(cancel), clock)
+        return self._answer(prompt, sampler, stops, budget, Cancel(cancel), clock)
 
     def score(
         self,
@@ -258,21 +284,29 @@ class Engine:
         self,
         input_ids: Sequence[int] | NDArray[np.int64],
         images: Sequence[Image.Image | bytes | str | Path] = (),
+        *,
+        start: int = 0,
     ) -> Iterator[NDArray[np.float32]]:
         """The rows of `score` a few at a time, so that T * V logits never lie in memory together.
+
+        Nothing is reused here: every token is computed.
 
         Args:
             input_ids: as in `score`.
             images: as in `score`.
+            start: first token that is scored. Those before are prefilled as `chat` prefills a prompt, by
+                another graph if the bundle has one for it; those from there on go through the decoder, as
+                the tokens of an answer do. 0 puts all through the decoder.
 
         Returns:
-            Iterator of (t, V), in order. What is wrong with the request is said by this call.
+            Iterator of (t, V), the rows from `start` on, in order. What is wrong with the request is said by
+            this call.
 
         Raises:
-            RequestError: placeholders and images do not agree, or an id is unknown.
+            RequestError: placeholders and images do not agree, an id is unknown, or `start` is no token.
             ContextLengthError: the sequence does not fit.
         """
-        self._parts()
+        self._check_open()
         prompt = prompt_from_ids(input_ids, images, image=self.image, tokens=self.bundle.manifest.tokens)
         vocab = self.bundle.manifest.geometry.vocab
         if not 0 <= prompt.ids.min() <= prompt.ids.max() < vocab:
@@ -282,15 +316,19 @@ class Engine:
             )
         if len(prompt.ids) > self.context:
             raise ContextLengthError(len(prompt.ids), 0, self.context)
-        return self._score(prompt)
+        if not (_is_whole(start) and 0 <= start < len(prompt.ids)):
+            raise RequestError(f"start is {start!r}, must be one of the {len(prompt.ids)} tokens, from 0")
+        return self._score(prompt, int(start))
 
     def encode_image(self, image: PatchedImage) -> NDArray[np.float32]:
         """Vision features (N, C) of one image, as the decoder gets them."""
-        return self._parts()[0].encode_image(image).astype(np.float32, copy=False)
+        return self._runner.encode_image(image).astype(np.float32, copy=False)
 
-    def _score(self, prompt: Prompt) -> Iterator[NDArray[np.float32]]:
+    def _score(self, prompt: Prompt, start: int = 0) -> Iterator[NDArray[np.float32]]:
         with self._claim():
-            yield from self._prefill(prompt, SCORE_CHUNK, _Cancel(None), Clock(), keep=0)
+            yield from self._runner.run(
+                prompt, start, cancelled=Cancel(None).is_set, clock=Clock(), reuse=False
+            )
 
     def _answer(
         self,
@@ -298,80 +336,47 @@ class Engine:
         sampler: Sampler,
         stops: StopText,
         budget: int,
-        cancel: _Cancel,
+        cancel: Cancel,
         clock: Clock,
     ) -> Iterator[Delta]:
         """Prefill, then sample and decode until something ends it. The last delta carries the counts."""
-        eos = frozenset(self.bundle.manifest.tokens.eos)
-        decoder = StreamDecoder(self.tokenizer)
-        text, sampled = "", 0
-        ids: tuple[int, ...] = ()
-        reason: FinishReason | None = None
+        plan = self._runner.plan
         with self._claim():
-            logits = None
-            for scored in self._prefill(prompt, PREFILL_CHUNK, cancel, clock, keep=1):
-                logits = scored
-            clock.prefill_done()
-            while reason is None:
-                if cancel.is_set() or logits is None:
-                    reason, text, ids = "cancelled", "", ()
-                    break
-                token = sampler.sample(logits[-1])
-                sampled += 1
-                clock.token_done(sampled)
-                if token in eos:
-                    reason, text, ids = "stop", "", ()
-                    break
-                ids = (token,)
-                text, stopped = stops.push(decoder.push(token))
-                if stopped or sampled == budget:
-                    reason = "stop" if stopped else "length"
-                    break
-                yield Delta(text, ids)
-                position = np.full((3, 1), prompt.next_position + sampled - 1, np.int64)
-                model, cache = self._parts()
-                logits = model.forward(model.embed(np.array(ids, np.int64)), position, cache)
-        usage = Usage(len(prompt.ids), prompt.image_tokens, sampled)
-        yield Delta(text + _rest(decoder, stops), ids, reason, usage, clock.timings(len(prompt.ids), sampled))
+            ids = self._tokens(prompt, sampler, budget, cancel, clock)
+            eos = self.bundle.manifest.tokens.eos
+            ending = yield from reply(ids, self.tokenizer, eos=eos, stops=stops, budget=budget)
+            if ending.reason != "cancelled":
+                self._runner.persist()
+        usage = Usage(len(prompt.ids), prompt.image_tokens, ending.sampled, clock.reused_tokens)
+        timings = clock.timings(len(prompt.ids), ending.sampled, plan)
+        yield Delta(ending.text, ending.token_ids, ending.reason, usage, timings)
 
-    def _encode(self, images: Sequence[PatchedImage], cancel: _Cancel) -> NDArray[np.floating] | None:
-        """Features (N, C) of all images of a prompt; None without images, or when cancelled."""
-        features = []
-        for image in images:
-            if cancel.is_set():
-                return None
-            features.append(self._parts()[0].encode_image(image))
-        return np.concatenate(features) if features else None
+    def _tokens(
+        self, prompt: Prompt, sampler: Sampler, budget: int, cancel: Cancel, clock: Clock
+    ) -> Iterator[int]:
+        """Sampled ids; none if cancelled before the prompt is done."""
+        scores: NDArray[np.float32] | None = None
+        for rows in self._runner.run(prompt, len(prompt.ids) - 1, cancelled=cancel.is_set, clock=clock):
+            scores = rows[-1]
+        clock.prefill_done()
+        if scores is None:
+            return
+        never = (self.bundle.manifest.tokens.image,)
+        drafter = Drafter(prompt.ids, self._pace, self.reuse.lookup, never=never)
+        yield from generate(
+            self._runner,
+            scores,
+            prompt.next_position,
+            sampler=sampler,
+            drafter=drafter,
+            budget=budget,
+            cancelled=cancel.is_set,
+            clock=clock,
+        )
 
-    def _prefill(
-        self, prompt: Prompt, chunk: int, cancel: _Cancel, clock: Clock, keep: int
-    ) -> Iterator[NDArray[np.float32]]:
-        """Fill an empty cache chunk by chunk; yields logits of each chunk's last position, or all (0)."""
-        features = self._encode(prompt.images, cancel)
-        clock.images_done()
-        self._parts()[1].clear()
-        is_image = prompt.ids == self.bundle.manifest.tokens.image
-        used = 0
-        for start in range(0, len(prompt.ids), chunk):
-            if cancel.is_set():
-                return
-            model, cache = self._parts()
-            part = slice(start, start + chunk)
-            count = int(is_image[part].sum())
-            own = None if features is None else features[used : used + count]
-            used += count
-            yield model.forward(model.embed(prompt.ids[part], own), prompt.positions[:, part], cache, keep)
-
-    def _parts(self) -> tuple[Model, KVCache]:
-        """The graphs and the cache.
-
-        Raises:
-            RequestError: the engine is closed.
-        """
-        model, cache = self._model, self._cache
-        if model is None or cache is None:
-            raise RequestError("this engine is closed; load the bundle again")
-        return model, cache
+    def _check_open(self) -> None:
+        """Raises RequestError if the engine is closed."""
+        _ = self._runner.model
 
     @contextmanager
     def _claim(self) -> Iterator[None]:
@@ -384,24 +389,6 @@ class Engine:
             yield
         finally:
             self._busy.release()
-
-
-class _Cancel:
-    """A cancel event that stays set, so that one which is set and cleared ends an answer all the same."""
-
-    def __init__(self, event: threading.Event | None) -> None:
-        self._event = event
-        self._seen = False
-
-    def is_set(self) -> bool:
-        self._seen = self._seen or (self._event is not None and self._event.is_set())
-        return self._seen
-
-
-def _rest(decoder: StreamDecoder, stops: StopText) -> str:
-    """What was held back when an answer ends: an incomplete character, the beginning of a stop string."""
-    text, stopped = stops.push(decoder.flush())
-    return text if stopped else text + stops.flush()
 
 
 def _is_whole(value: object) -> bool:

@@ -8,6 +8,7 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -34,10 +35,14 @@ def engine(bundle: Path) -> Iterator[Engine]:
 class ScriptedModel:
     """The real interface of `runtime.model.Model`; its logits favour one given id after the other."""
 
+    plan = SimpleNamespace(prefill="decoder")
+
     def __init__(self, engine: Engine, ids: list[int]) -> None:
         self.hidden = engine.bundle.manifest.geometry.hidden
         self.vocab = engine.bundle.manifest.geometry.vocab
         self.ids = ids
+        self.prompt = 0
+        self.prefills: list[int] = []
         self.runs: list[int] = []
         self.positions: list[np.ndarray] = []
 
@@ -47,13 +52,20 @@ class ScriptedModel:
     def embed(self, ids: np.ndarray, features: np.ndarray | None = None) -> np.ndarray:
         return np.zeros((1, len(ids), self.hidden), np.float32)
 
-    def forward(self, embeds: np.ndarray, positions: np.ndarray, cache: Any, keep: int = 1) -> np.ndarray:
-        self.runs.append(embeds.shape[1])
-        self.positions.append(positions)
+    def prefill(self, embeds: np.ndarray, positions: np.ndarray, cache: Any, **how: Any) -> bool:
+        self.prefills.append(embeds.shape[1])
         cache.length += embeds.shape[1]
-        logits = np.zeros((1, self.vocab), np.float32)
-        decoded = len([run for run in self.runs if run == 1])
-        logits[0, self.ids[min(decoded, len(self.ids) - 1)]] = 9.0
+        return True
+
+    def forward(self, embeds: np.ndarray, positions: np.ndarray, cache: Any, keep: int = 1) -> np.ndarray:
+        count = embeds.shape[1]
+        self.runs.append(count)
+        self.positions.append(positions)
+        cache.length += count
+        logits = np.zeros((keep or count, self.vocab), np.float32)
+        for row in range(len(logits)):
+            token = cache.length - len(logits) + row - (self.prompt - 1)
+            logits[row, self.ids[min(token, len(self.ids) - 1)]] = 9.0
         return logits
 
 
@@ -62,8 +74,17 @@ def say(engine: Engine, text: str, *, end: str | None = "<|user|>") -> ScriptedM
     ids = engine.tokenizer.encode(text)
     if end is not None:
         ids.append(engine.tokenizer.id_of(end))
-    engine._model = ScriptedModel(engine, ids)
-    return engine._model
+    model = ScriptedModel(engine, ids)
+    engine._runner.model = model  # type: ignore[assignment]
+    build = type(engine).prompt
+
+    def prompt(messages: Any, **options: Any) -> Any:
+        built = build(engine, messages, **options)
+        model.prompt = len(built.ids)
+        return built
+
+    engine.prompt = prompt  # type: ignore[method-assign]
+    return model
 
 
 def answer(engine: Engine, **options: Any) -> tuple[str, Any]:
@@ -87,7 +108,7 @@ def test_a_closing_answer_tag_spelled_in_ordinary_tokens_is_cut_too(engine: Engi
         token for part in ("do() </", "ans", "wer", ">", " more") for token in engine.tokenizer.encode(part)
     ]
     assert engine.tokenizer.decode(spelled) == "do() </answer> more"
-    engine._model.ids = spelled
+    engine._runner.model.ids = spelled  # type: ignore[attr-defined]
 
     text, last = answer(engine)
 
@@ -210,20 +231,20 @@ def test_positions_go_on_after_an_image_where_the_model_expects_them(engine: Eng
 
     list(engine.chat(ask))
 
-    decoded = [int(position[0, 0]) for position in model.positions[1:]]
+    decoded = [int(place) for positions in model.positions[1:] for place in positions[0]]
     assert decoded == list(range(prompt.next_position, prompt.next_position + len(decoded)))
     assert prompt.next_position < len(prompt.ids)
 
 
 def test_a_long_prompt_is_prefilled_in_chunks(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("autoglm_edge.runtime.engine.PREFILL_CHUNK", 8)
+    monkeypatch.setattr("autoglm_edge.runtime.runner.PREFILL_CHUNK", 8)
     model = say(engine, "ok")
 
     answer(engine)
 
-    prompt = len(engine.tokenize(ASK))
-    assert sum(model.runs[: -(-prompt // 8)]) == prompt
-    assert max(model.runs) == 8
+    assert sum(model.prefills) == len(engine.tokenize(ASK)) - 1
+    assert max(model.prefills) == 8
+    assert model.runs[0] == 1
 
 
 def test_a_prompt_that_does_not_fit_is_refused_before_any_compute(bundle: Path) -> None:
@@ -236,7 +257,7 @@ def test_a_prompt_that_does_not_fit_is_refused_before_any_compute(bundle: Path) 
 
         assert caught.value.prompt_tokens == len(engine.tokenize(ask))
         assert (caught.value.max_tokens, caught.value.limit) == (5, 64)
-        assert not model.runs
+        assert not model.runs + model.prefills
 
 
 def test_a_budget_beyond_the_context_is_refused_even_for_a_short_prompt(engine: Engine) -> None:
@@ -300,7 +321,7 @@ def test_cancelling_before_the_prefill_computes_nothing(engine: Engine) -> None:
     (last,) = engine.chat(ASK, cancel=cancel)
 
     assert last.finish_reason == "cancelled"
-    assert (last.text, last.usage.completion_tokens, model.runs) == ("", 0, [])
+    assert (last.text, last.usage.completion_tokens, model.prefills + model.runs) == ("", 0, [])
 
 
 def test_a_second_answer_at_the_same_time_is_refused_and_closing_frees_the_engine(engine: Engine) -> None:
@@ -330,7 +351,7 @@ def test_a_cancel_that_is_taken_back_ends_the_answer_all_the_same(engine: Engine
 
     (last,) = stream
 
-    assert (last.finish_reason, model.runs) == ("cancelled", [])
+    assert (last.finish_reason, model.prefills + model.runs) == ("cancelled", [])
 
 
 def test_an_iterator_that_is_forgotten_frees_the_engine(engine: Engine) -> None:
@@ -564,16 +585,16 @@ def test_whole_numbers_of_numpy_are_numbers(bundle: Path) -> None:
 def test_a_prompt_is_scored_at_its_last_position_only(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("autoglm_edge.runtime.engine.PREFILL_CHUNK", 8)
+    monkeypatch.setattr("autoglm_edge.runtime.runner.PREFILL_CHUNK", 8)
     shapes = []
-    forward = engine._model.forward  # type: ignore
+    forward = engine._runner.model.forward
 
-    def recorded(*arguments: Any) -> np.ndarray:
-        logits = forward(*arguments)
+    def recorded(*arguments: Any, **options: Any) -> np.ndarray:
+        logits = forward(*arguments, **options)
         shapes.append(logits.shape)
         return logits
 
-    monkeypatch.setattr(engine._model, "forward", recorded)
+    monkeypatch.setattr(engine._runner.model, "forward", recorded)
     answer(engine, max_tokens=2)
 
     assert len(shapes) > 2
