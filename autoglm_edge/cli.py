@@ -20,6 +20,8 @@ _COMMANDS = {
     "export": "autoglm_edge.cli_export",
     "run": "autoglm_edge.cli_run",
     "info": "autoglm_edge.cli_info",
+    "prepare": "autoglm_edge.cli_prepare",
+    "bench": "autoglm_edge.cli_bench",
     "record": "autoglm_edge.cli_record",
     "validate": "autoglm_edge.cli_validate",
 }

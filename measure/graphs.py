@@ -1,0 +1,67 @@
+"""One sequence through the graphs of a bundle, without text: what is timed in a measurement of graphs.
+
+In: a model, token ids. Out: nothing but the time it takes. Prompts go through the graphs as the engine sends
+them: all but the last token in chunks without scores, then the last one. Knows no tokenizer, no template, no
+reuse.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from autoglm_edge.errors import RequestError
+from autoglm_edge.runtime.model import Model
+from autoglm_edge.runtime.plan import PREFILL_CHUNK
+
+
+class GraphSequence:
+    """A model and a cache of its own."""
+
+    def __init__(self, model: Model, capacity: int) -> None:
+        """Reserve the cache.
+
+        Args:
+            model: of a bundle.
+            capacity: tokens to hold.
+
+        Raises:
+            DeviceError: there is not enough memory.
+        """
+        self._model = model
+        self.cache = model.new_cache(capacity)
+
+    def reset(self) -> None:
+        """Forget the sequence."""
+        self.cache.clear()
+
+    def feed(self, ids: Sequence[int] | NDArray[np.int64]) -> None:
+        """Append text tokens and score the last of them.
+
+        Raises:
+            RequestError: there are none.
+        """
+        array = np.asarray(ids, np.int64)
+        if array.ndim != 1 or not array.size:
+            raise RequestError(f"ids have the shape {array.shape}, must be one token at least, in a row")
+        before = len(array) - 1
+        chunk = self._model.plan.prefill_chunk
+        for start in range(0, before, chunk):
+            part = array[start : min(start + chunk, before)]
+            self._model.prefill(self._model.embed(part), self._positions(len(part)), self.cache)
+        self._model.forward(self._model.embed(array[before:]), self._positions(1), self.cache)
+
+    def fill(self, count: int, random: np.random.Generator) -> None:
+        """A cache of `count` tokens with random keys and values, which takes no compute."""
+        self.cache.clear()
+        while (start := self.cache.length) < count:
+            part = min(PREFILL_CHUNK, count - start)
+            shape = (*self.cache.row_shape[:3], part, self.cache.row_shape[4])
+            rows = random.standard_normal(shape, np.float32).astype(self.cache.dtype, copy=False)
+            self.cache.write(start, rows)
+
+    def _positions(self, count: int) -> NDArray[np.int64]:
+        start = self.cache.length
+        return np.tile(np.arange(start, start + count, dtype=np.int64), (3, 1))
