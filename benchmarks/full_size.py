@@ -12,19 +12,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import shutil
 import sys
-import time
-from concurrent.futures import ThreadPoolExecutor
 from datetime import date
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnxruntime
-from process_memory import Watched, watch
+
+from autoglm_edge.measure.bandwidth import read_bandwidth
+from autoglm_edge.measure.machine import this_machine
+from autoglm_edge.measure.memory import Watched, watch
+from autoglm_edge.runtime.session import usable_cores
 
 AUTOGLM = [sys.executable, "-m", "autoglm_edge"]
 
@@ -48,14 +47,14 @@ def main() -> int:
 
     report: dict[str, Any] = {
         "date": date.today().isoformat(),
-        "machine": machine(),
+        "machine": this_machine().short,
         "precision": arguments.precision,
     }
     report["onnxruntime"] = onnxruntime.__version__
     if not (arguments.reuse and arguments.output.exists()):
         report["export"] = export(arguments)
     report["bundle_bytes"] = sum(path.stat().st_size for path in arguments.output.iterdir())
-    report["read_bandwidth_gb_per_s"] = round(read_bandwidth(), 1)
+    report["read_bandwidth_gb_per_s"] = round(read_bandwidth(usable_cores()) / 1e9, 1)
     report["load"] = load(arguments)
     report["run"] = run(arguments)
     manifest = json.loads((arguments.output / "manifest.json").read_text())
@@ -76,7 +75,7 @@ def export(arguments: argparse.Namespace) -> dict[str, Any]:
         *[f"--{arguments.precision}", "--force"],
     ]
     watched = check(watch(command))
-    return {"seconds": round(watched.seconds, 1), "peak": watched.peak}
+    return {"seconds": round(watched.seconds, 1), "peak": watched.peak.to_json()}
 
 
 LOAD = """
@@ -91,7 +90,7 @@ print(json.dumps({"seconds": round(time.perf_counter() - started, 2)}))
 def load(arguments: argparse.Namespace) -> dict[str, Any]:
     """Load decoder and embedding in a process of its own, with the files in the page cache if they fit."""
     watched = check(watch([sys.executable, "-c", LOAD, str(arguments.output)]))
-    return {**json.loads(watched.stdout), "peak": watched.peak}
+    return {**json.loads(watched.stdout), "peak": watched.peak.to_json()}
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -109,7 +108,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     watched = check(watch(command))
     answer = json.loads(watched.stdout.splitlines()[-1])
     kept = {name: answer[name] for name in ("usage", "timings", "image_size", "finish_reason")}
-    return {**kept, "wall_seconds": round(watched.seconds, 1), "peak": watched.peak}
+    return {**kept, "wall_seconds": round(watched.seconds, 1), "peak": watched.peak.to_json()}
 
 
 def check(watched: Watched) -> Watched:
@@ -117,33 +116,6 @@ def check(watched: Watched) -> Watched:
     if watched.returncode:
         raise SystemExit(f"the command ended with {watched.returncode}")
     return watched
-
-
-def read_bandwidth(size_bytes: int = 1 << 30, repeats: int = 5) -> float:
-    """Best rate, in GB/s, at which all cores together read memory that is in no cache."""
-    workers = len(os.sched_getaffinity(0))
-    buffer = np.ones(size_bytes // 8)
-    parts = np.array_split(buffer, workers)
-    best = 0.0
-    with ThreadPoolExecutor(workers) as pool:
-        for _ in range(repeats):
-            started = time.perf_counter()
-            list(pool.map(np.max, parts))
-            best = max(best, buffer.nbytes / (time.perf_counter() - started) / 1e9)
-    return best
-
-
-def machine() -> str:
-    """CPU model and core count."""
-    model = next(
-        (
-            line.split(":")[1].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if "model name" in line
-        ),
-        platform.processor(),
-    )
-    return f"{model}, {len(os.sched_getaffinity(0))} cores"
 
 
 def print_table(report: dict[str, Any]) -> None:

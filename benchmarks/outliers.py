@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import onnxruntime
-from full_size import machine
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 
@@ -33,6 +32,7 @@ from pocket_measure import THREADS, Workspace, markdown
 
 from autoglm_edge.embedded import pocket_path
 from autoglm_edge.export.pipeline import export
+from autoglm_edge.measure.machine import this_machine
 from autoglm_edge.parity.reference import Reference
 from autoglm_edge.parity.validate import validate
 from autoglm_edge.quantize.recipe import PRESETS, Recipe
@@ -76,7 +76,7 @@ def main() -> None:
         "benchmark": "outliers",
         "date": date.today().isoformat(),
         "command": "python benchmarks/outliers.py",
-        "machine": machine(),
+        "machine": this_machine().short,
         "onnxruntime": onnxruntime.__version__,
         "screens": screens,
         "mean_kl": found,

@@ -30,14 +30,14 @@ from pathlib import Path
 from typing import Any
 
 import onnxruntime
-from full_size import machine
-from process_memory import watch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 
 from pocket_measure import Variant, Workspace, measure_all
 
 from autoglm_edge.embedded import pocket_path
+from autoglm_edge.measure.machine import this_machine
+from autoglm_edge.measure.memory import watch
 from autoglm_edge.parity.scatter import SideScale, Spot, frontier, scatter
 from autoglm_edge.parity.svg import COLOURS
 
@@ -155,7 +155,7 @@ def run(workspace: Workspace) -> dict[str, Any]:
         "benchmark": "pareto",
         "date": date.today().isoformat(),
         "command": f"python benchmarks/pareto.py --screens {workspace.screens}",
-        "machine": machine(),
+        "machine": this_machine().short,
         "python": platform.python_version(),
         "onnxruntime": onnxruntime.__version__,
         "reference": documents["fp32"]["fingerprint"],
@@ -239,7 +239,7 @@ def torch_bytes(kind: str) -> int:
 
 def probe(bundles: Sequence[tuple[Variant, Path]]) -> tuple[int, dict[str, dict[str, Any]]]:
     """Anonymous memory of a process without a model; and decode rate and peak memory by recipe."""
-    empty = check(watch([sys.executable, "-c", NOTHING], interval=0.02)).peak["anon_bytes"]
+    empty = check(watch([sys.executable, "-c", NOTHING], interval=0.02)).peak.anon_bytes
     speeds: dict[str, list[float]] = {item.name: [] for item, _ in bundles}
     peaks: dict[str, list[int]] = {item.name: [] for item, _ in bundles}
     for number in range(ROUNDS):
@@ -247,7 +247,7 @@ def probe(bundles: Sequence[tuple[Variant, Path]]) -> tuple[int, dict[str, dict[
         for item, bundle in bundles:
             watched = check(watch([sys.executable, "-c", PROBE, str(bundle), str(TOKENS)], interval=0.02))
             speeds[item.name].append(json.loads(watched.stdout.splitlines()[-1]))
-            peaks[item.name].append(watched.peak["anon_bytes"])
+            peaks[item.name].append(watched.peak.anon_bytes)
     return empty, {
         name: {
             "tokens_per_s": round(statistics.median(values), 1),

@@ -1,0 +1,197 @@
+"""What drafting from prompt and history is worth on an agent's answers, with the times of a 9B.
+
+    python benchmarks/lookup.py OUT-INT4 OUT-INT8
+
+The recorded session of `agent_step.py` gives prompts and answers. The runtime's own loop decodes each answer
+twice, with drafts and without; the sampler hands out the recorded tokens, so weights may be random: which
+drafts are right depends on the text, and what a run of several tokens costs depends on the shape. The cache
+is filled, not computed. How much real answers repeat is another matter; these were written by hand, in the
+client's form. A table goes to stdout; the last line is one JSON document, which is also written to
+benchmarks/results/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from agent_step import SESSION, conversations
+from numpy.typing import NDArray
+
+from autoglm_edge.measure.figures import rounded
+from autoglm_edge.measure.machine import this_machine
+from autoglm_edge.runtime.answer import Clock
+from autoglm_edge.runtime.bundle import Bundle
+from autoglm_edge.runtime.generation import Drafter, generate
+from autoglm_edge.runtime.messages import read_messages
+from autoglm_edge.runtime.model import Model
+from autoglm_edge.runtime.pace import BLOCK_COSTS, INTEGER_COSTS, Pace
+from autoglm_edge.runtime.plan import PREFILL_CHUNK
+from autoglm_edge.runtime.prompt import prompt_ids
+from autoglm_edge.runtime.reuse import Lookup
+from autoglm_edge.runtime.runner import Runner
+from autoglm_edge.runtime.sequence import text_keys
+from autoglm_edge.runtime.session import SessionOptions
+from autoglm_edge.runtime.template import ChatTemplate
+from autoglm_edge.runtime.tokenizer import Tokenizer
+
+HERE = Path(__file__).resolve().parent
+IMAGE_TOKENS = 592
+
+
+class Recorded:
+    """A sampler that hands out known tokens."""
+
+    def __init__(self, ids: Sequence[int]) -> None:
+        """The answer."""
+        self._ids = iter(ids)
+
+    def sample(self, logits: NDArray[np.floating]) -> int:
+        """The next one, whatever the scores."""
+        return next(self._ids)
+
+
+def texts(bundle: Bundle, session: dict[str, Any]) -> list[tuple[NDArray[np.int64], list[int]]]:
+    """Prompt and answer of every step, as ids."""
+    tokenizer, template = Tokenizer.from_folder(bundle.path), ChatTemplate.from_folder(bundle.path)
+    spec, tokens = bundle.manifest.image, bundle.manifest.tokens
+    image = spec.with_max_tokens(min(IMAGE_TOKENS, spec.max_tokens))
+    found = []
+    for messages, step in zip(conversations(session), session["steps"], strict=True):
+        ids = prompt_ids(
+            read_messages(messages),
+            tokenizer=tokenizer,
+            template=template,
+            image=image,
+            tokens=tokens,
+            image_layout="plain",
+        )
+        answer = f"<think>{step['thinking']}</think><answer>{step['action']}"
+        found.append((ids, [int(token) for token in tokenizer.encode(answer)]))
+    return found
+
+
+def fill(runner: Runner, ids: NDArray[np.int64], random: np.random.Generator) -> None:
+    """A cache that holds a prompt, with random keys and values."""
+    sequence = runner.sequence
+    sequence.truncate(0)
+    for start in range(0, len(ids), PREFILL_CHUNK):
+        part = ids[start : start + PREFILL_CHUNK]
+        shape = (*sequence.cache.row_shape[:3], len(part), sequence.cache.row_shape[4])
+        sequence.announce(text_keys(part.tolist(), start))
+        rows = random.standard_normal(shape, np.float32).astype(sequence.cache.dtype)
+        sequence.cache.write(start, rows)
+
+
+def decode(runner: Runner, ids: NDArray[np.int64], answer: list[int], pace: Pace, lookup: Lookup) -> Clock:
+    """Decode an answer; the clock knows what it took."""
+    drafter = Drafter(ids, pace, lookup)
+    clock = Clock()
+    scores = np.zeros(1, np.float32)
+    sampled = generate(
+        runner,
+        scores,
+        len(ids),
+        sampler=Recorded(answer),
+        drafter=drafter,
+        budget=len(answer),
+        cancelled=lambda: False,
+        clock=clock,
+    )
+    if list(sampled) != answer:
+        raise SystemExit("the loop gave other tokens than the recorded ones")
+    return clock
+
+
+def measure(folder: Path, threads: int, rounds: int) -> dict[str, Any]:
+    """Every answer of the session, with and without drafts, in turns."""
+    bundle = Bundle.open(folder)
+    pairs = texts(bundle, json.loads(SESSION.read_text(encoding="utf-8")))
+    longest = max(len(ids) + len(answer) for ids, answer in pairs) + 16
+    runner = Runner(Model(bundle, SessionOptions("cpu", threads)), longest, bundle.manifest.tokens)
+    integer = bundle.manifest.parts["decoder"].integer
+    pace, random = Pace(INTEGER_COSTS if integer else BLOCK_COSTS), np.random.default_rng(0)
+    fill(runner, pairs[0][0], random)
+    decode(runner, *pairs[0], pace, False)  # first touches are nobody's time
+    steps: list[dict[str, Any]] = []
+    for number in range(rounds):
+        for place, (ids, answer) in enumerate(pairs):
+            row: dict[str, Any] = {"round": number, "step": place + 1, "tokens": len(answer)}
+            for name, lookup in (("plain", False), ("drafted", "auto")):
+                fill(runner, ids, random)
+                started = time.perf_counter()
+                clock = decode(runner, ids, answer, pace, lookup)
+                row[f"{name}_s"] = time.perf_counter() - started
+            row |= {"runs": clock.decoder_runs, "drafted": clock.drafted_tokens}
+            row["accepted"] = clock.accepted_tokens
+            steps.append(row)
+            print(f"  {row['plain_s']:.2f} s without, {row['drafted_s']:.2f} s with drafts", file=sys.stderr)
+    faster = [row["plain_s"] / row["drafted_s"] for row in steps]
+    return {
+        "bundle": folder.name,
+        "recipe": str(bundle.manifest.recipe.get("name", "?")),
+        "layers": bundle.manifest.geometry.layers,
+        "faster": statistics.median(faster),
+        "faster_in_all": sum(row["plain_s"] for row in steps) / sum(row["drafted_s"] for row in steps),
+        "tokens_per_run": sum(row["tokens"] - 1 for row in steps) / sum(row["runs"] for row in steps),
+        "steps": steps,
+    }
+
+
+def table(runs: Sequence[dict[str, Any]]) -> str:
+    """A row per bundle."""
+    head = (
+        "bundle",
+        "answer tokens",
+        "tokens a run",
+        "drafts accepted",
+        "faster, median step",
+        "faster, all",
+    )
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for run in runs:
+        count, drafted, accepted = (
+            sum(step[name] for step in run["steps"]) for name in ("tokens", "drafted", "accepted")
+        )
+        cells = [
+            *(f"{run['bundle']}, {run['layers']} layers", str(count), f"{run['tokens_per_run']:.2f}"),
+            f"{accepted} of {drafted}",
+            *(f"{run[name]:.2f} ×" for name in ("faster", "faster_in_all")),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("bundles", type=Path, nargs="+", metavar="OUT")
+    parser.add_argument("--rounds", type=int, default=1, help="through the session (default 1)")
+    parser.add_argument("--threads", type=int, default=0, help="default one per core")
+    parser.add_argument("-o", "--output", type=Path, default=HERE / "results" / "lookup.json")
+    options = parser.parse_args(arguments)
+    runs = []
+    for bundle in options.bundles:
+        print(bundle.name, file=sys.stderr)
+        runs.append(measure(bundle, options.threads, options.rounds))
+    document = rounded({"date": date.today().isoformat(), "machine": this_machine().to_json(), "runs": runs})
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(document, ensure_ascii=False, indent=1)
+    options.output.write_text(text + "\n", encoding="utf-8")
+    print(table(document["runs"]))
+    print(json.dumps(document, ensure_ascii=False))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
