@@ -12,7 +12,7 @@ from typing import Literal
 
 import click
 
-from autoglm_edge.cli_common import EdgeCommand, check_is_bundle, examples, print_json
+from autoglm_edge.cli_common import EdgeCommand, check_is_bundle, examples, print_json, prompts_option
 from autoglm_edge.cli_record import show_prompt
 
 
@@ -53,6 +53,7 @@ from autoglm_edge.cli_record import show_prompt
 @click.option(
     "--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Where to compute."
 )
+@prompts_option
 @click.option(
     "--max-image-tokens", type=click.IntRange(min=1), metavar="N", help="Image budget of the reference."
 )
@@ -67,6 +68,7 @@ def validate(
     limits: str | None,
     threads: int | None,
     device: Literal["cpu", "cuda"],
+    prompts: Literal["auto", "integer", "layers", "decoder"],
     max_image_tokens: int | None,
     as_json: bool,
 ) -> None:
@@ -90,6 +92,7 @@ def validate(
         device=device,
         threads=threads or 0,
         max_image_tokens=max_image_tokens,
+        prefill=prompts,
         limits=limits,
         progress=show_prompt,
     )

@@ -18,10 +18,19 @@ from autoglm_edge.export.options import ExportOptions
 from autoglm_edge.export.plan import ALIGNMENT, Weight
 from autoglm_edge.export.preparation import prepare
 from autoglm_edge.export.shapes import EMBEDDING, HEAD, expected_tensors
-from autoglm_edge.quantize.recipe import PRESETS, Recipe
+from autoglm_edge.quantize.recipe import INT4, INT8, PRESETS, Recipe
 from autoglm_edge.quantize.rule import Rule
 
 from .sensitivity import TensorGroup
+
+HIGH = replace(
+    PRESETS["int4"],
+    name="int4-at-8",
+    rules=tuple(
+        replace(rule, format=INT8 if rule.format == INT4 else rule.format) for rule in PRESETS["int4"].rules
+    ),
+)
+"""The preset int4 with 8 bits in the decoder's layers, in blocks as its 4 are; the rest is as int4 has it."""
 
 Levels = Mapping[str, int]
 """Number of the level that a tensor is stored as, by the name that recipes know it by."""

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from autoglm_edge.errors import QuantError
+from autoglm_edge.quantize.channels import ChannelFormat
 from autoglm_edge.quantize.recipe import Recipe
 from autoglm_edge.quantize.rule import Rule
 
@@ -38,8 +39,10 @@ def write_recipe(path: str | Path, recipe: Recipe, remarks: Iterable[str] = ()) 
         f"activations = {_text(recipe.activations)}",
     ]
     if any(rule.format is not None for rule in recipe.rules):
-        lines.append(f"accuracy_level = {recipe.accuracy_level}")
+        if recipe.multiplies_blocks:
+            lines.append(f"accuracy_level = {recipe.accuracy_level}")
         lines.append(f"balance = {str(recipe.balance).lower()}")
+        lines.append(f"prefill = {_text(recipe.prefill)}")
     for rule in recipe.rules:
         lines += ["", "[[rule]]", *_rule_lines(rule)]
     partial = target.with_name(target.name + ".partial")
@@ -57,11 +60,12 @@ def _rule_lines(rule: Rule) -> list[str]:
         lines.append(f"layers = {_text(rule.layers)}")
     if rule.format is None:
         return [*lines, "keep = true"]
-    lines += [
-        f"bits = {rule.format.bits}",
-        f"block_size = {rule.format.block_size}",
-        f"symmetric = {'true' if rule.format.symmetric else 'false'}",
-    ]
+    lines.append(f"bits = {rule.format.bits}")
+    if isinstance(rule.format, ChannelFormat):
+        lines += ['per = "channel"', f"groups = {rule.format.groups}"]
+    else:
+        symmetric = "true" if rule.format.symmetric else "false"
+        lines += [f"block_size = {rule.format.block_size}", f"symmetric = {symmetric}"]
     if rule.refine != "none":
         lines.append(f"refine = {_text(rule.refine)}")
     return lines

@@ -40,7 +40,7 @@ from autoglm_edge.runtime.session import Device, SessionOptions
 
 from .bench import Bench
 from .choice import AutoChoice, Contender, Sensitivity
-from .levels import Levels, Palette
+from .levels import HIGH, Levels, Palette
 from .measurements import Journal
 from .recipe_file import write_recipe
 from .sensitivity import GROUPINGS, Grouping, TensorGroup, group_tensors
@@ -55,7 +55,7 @@ __all__ = [
     "write_recipe",
 ]
 
-DEFAULT_LEVELS = ("int8", "int4-all")
+DEFAULT_LEVELS = (HIGH, "int4-all")
 """Everything at 8 bits, and everything at 4: what each tensor can have, from many bytes to few."""
 
 JOURNAL_NAME = "measurements.json"

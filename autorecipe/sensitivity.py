@@ -23,10 +23,12 @@ import PIL
 from autoglm_edge.errors import ParityError, RequestError
 from autoglm_edge.parity.metrics import Floats
 from autoglm_edge.parity.reference import Case, Reference
-from autoglm_edge.parity.rows import Rows, compare, reduce_logits
+from autoglm_edge.parity.rows import compare
+from autoglm_edge.parity.scoring import score_case
 from autoglm_edge.parity.validate import check_inputs
 from autoglm_edge.runtime.bundle import Bundle
 from autoglm_edge.runtime.engine import Engine
+from autoglm_edge.runtime.reuse import ReuseOptions
 from autoglm_edge.runtime.session import SessionOptions
 
 from .measurements import Measurement
@@ -136,7 +138,8 @@ def measure(
     sums: list[float] = []
     total = len(reference) if prompts is None else min(prompts, len(reference))
     same_pillow = reference.fingerprint.versions.get("pillow") == PIL.__version__
-    with Engine(bundle, options=options, image_layout=reference.fingerprint.image_layout) as engine:
+    layout = reference.fingerprint.image_layout
+    with Engine(bundle, options=options, image_layout=layout, reuse=ReuseOptions.off()) as engine:
         for case in islice(reference.cases(), total):
             if check:
                 _check_prompt(engine, case, reference.path, same_pillow)
@@ -148,24 +151,10 @@ def measure(
 
 def answer_divergence(engine: Engine, case: Case) -> Floats:
     """KL(reference || engine) at each position of a case's answer, (m,) in nats."""
-    sequence, places = case.sequence, case.places[case.in_answer]
-    recorded = case.rows.part(case.in_answer)
-    parts: list[Rows] = []
-    start = 0
-    for logits in engine.score_chunks(sequence[:-1], case.pictures()):
-        low, high = np.searchsorted(places, [start, start + len(logits)])
-        if high > low:
-            chosen = places[low:high]
-            parts.append(
-                reduce_logits(
-                    logits[chosen - start],
-                    sequence[chosen + 1],
-                    ids=recorded.top_ids[low:high],
-                    keep_all=recorded.logits is not None,
-                )
-            )
-        start += len(logits)
-    return compare(recorded, Rows.join(parts)).kl if parts else np.zeros(0)
+    if not case.in_answer.any():
+        return np.zeros(0)
+    rows = score_case(engine, case, case.pictures(), case.in_answer)
+    return compare(case.rows.part(case.in_answer), rows).kl
 
 
 def _check_prompt(engine: Engine, case: Case, path: Path, same_pillow: bool) -> None:

@@ -22,13 +22,14 @@ from autoglm_edge.errors import ParityError, RequestError
 from autoglm_edge.runtime.bundle import Bundle
 from autoglm_edge.runtime.engine import Engine
 from autoglm_edge.runtime.prompt import Prompt
-from autoglm_edge.runtime.session import Device, SessionOptions
+from autoglm_edge.runtime.reuse import ReuseOptions
+from autoglm_edge.runtime.session import Device, Prefill, SessionOptions
 
 from .comparison import Collector, Comparison, Observed, without_end
 from .limits import LIMITS, Criterion, Limits, at_least, at_most, limits_for, share_at_least, share_at_most
 from .reference import Case, Reference, patches_sha256
 from .report import InputFault, Report, Subject
-from .rows import Rows, reduce_logits
+from .scoring import score_case
 
 Progress = Callable[[str, int, int], None]
 
@@ -42,6 +43,7 @@ def validate(
     device: Device = "cpu",
     threads: int = 0,
     max_image_tokens: int | None = None,
+    prefill: Prefill = "auto",
     limits: Limits | str | None = None,
     progress: Progress | None = None,
 ) -> Report:
@@ -56,6 +58,7 @@ def validate(
         device: of the engine.
         threads: of the engine; 0 for one per core.
         max_image_tokens: of the engine; must give the pixel budget of the reference.
+        prefill: what reads prompts, as in `SessionOptions`.
         limits: a row of limits.LIMITS by name, or your own; default: what the bundle's recipe asks for.
         progress: called with a prompt's name, the number done and the number in all.
 
@@ -74,7 +77,8 @@ def validate(
     chosen = _limits(limits, opened)
     with Engine(
         opened,
-        options=SessionOptions(device, threads),
+        options=SessionOptions(device, threads, prefill=prefill, prepare=False),
+        reuse=ReuseOptions.off(),
         image_layout=first.fingerprint.image_layout,
         max_image_tokens=max_image_tokens,
     ) as engine:
@@ -181,22 +185,7 @@ def observe(engine: Engine, case: Case, prompt: Prompt, pictures: Sequence[Image
         prompt: the engine's own, whose patches give the vision features.
         pictures: the case's, decoded.
     """
-    sequence, places = case.sequence, case.places
-    parts: list[Rows] = []
-    start = 0
-    for logits in engine.score_chunks(sequence[:-1], pictures):
-        low, high = np.searchsorted(places, [start, start + len(logits)])
-        if high > low:
-            chosen = places[low:high]
-            parts.append(
-                reduce_logits(
-                    logits[chosen - start],
-                    sequence[chosen + 1],
-                    ids=case.rows.top_ids[low:high],
-                    keep_all=case.rows.logits is not None,
-                )
-            )
-        start += len(logits)
+    rows = score_case(engine, case, pictures)
     greedy: list[int] = []
     for delta in engine.chat(case.chat_messages(), max_tokens=max(1, case.max_tokens)):
         greedy += delta.token_ids
@@ -204,7 +193,7 @@ def observe(engine: Engine, case: Case, prompt: Prompt, pictures: Sequence[Image
         engine.encode_image(image)[indices]
         for image, (indices, _) in zip(prompt.images, case.features, strict=True)
     )
-    return Observed(Rows.join(parts), tuple(greedy), features)
+    return Observed(rows, tuple(greedy), features)
 
 
 def _recorded(case: Case, eos: frozenset[int]) -> Observed:

@@ -36,6 +36,7 @@ from autoglm_edge.parity.report import Report
 from autoglm_edge.parity.validate import judge, validate
 from autoglm_edge.quantize import BlockFormat, Recipe
 from autoglm_edge.quantize.recipe import PRESETS, Rule
+from autoglm_edge.runtime.session import Prefill
 
 Kind = Literal["bfloat16", "bnb-int8", "bnb-nf4"]
 REFERENCES: tuple[Kind, ...] = ("bfloat16", "bnb-int8", "bnb-nf4")
@@ -61,11 +62,13 @@ class Variant:
         name: of files and in tables.
         recipe: with its refinements.
         note: what it is, in a few words.
+        prefill: what reads prompts.
     """
 
     name: str
     recipe: Recipe
     note: str
+    prefill: Prefill = "auto"
 
 
 def rtn_block_32() -> Recipe:
@@ -85,6 +88,7 @@ def variants() -> list[Variant]:
         "fp32": "as the checkpoint",
         "fp16": "half precision",
         "int8": "8 bits, 8-bit activations",
+        "int8-blocks": "8 bits in blocks",
         "int4": "the default",
         "int4-mixed": "the default, outer layers at 8 bits",
         "int4-all": "4 bits everywhere",
@@ -92,8 +96,14 @@ def variants() -> list[Variant]:
         "int2": "control, must fail",
     }
     found = [Variant(name, PRESETS[name], note) for name, note in presets.items()]
-    floats = PRESETS["int8"].with_(accuracy_level=1)
+    floats = PRESETS["int8-blocks"].with_(accuracy_level=1)
     found.insert(3, _variant("int8-weights", floats, "8 bits, float activations"))
+    beside = PRESETS["int4"].with_(prefill="int8")
+    found.append(
+        Variant("int4-prefill", replace(beside, name="int4-prefill"), "8 bits read prompts", "integer")
+    )
+    layers = replace(PRESETS["int4"], name="int4-layers")
+    found.append(Variant("int4-layers", layers, "4 bits, expanded to 8, read prompts", "layers"))
     baseline = rtn_block_32()
     found.append(Variant("rtn-b32", baseline, "the baseline to beat"))
     for refine, words in (("none", "round to nearest"), ("search", "searched"), ("gptq", "calibrated")):
@@ -323,6 +333,7 @@ def _measure(workspace: Workspace, variant: Variant) -> str:
         floor=workspace.reference("bfloat16"),
         baselines=workspace.baselines,
         threads=THREADS,
+        prefill=variant.prefill,
     )
     weights = sum(part.weight_bytes for part in opened.manifest.parts.values())
     target = workspace.report(variant)

@@ -115,11 +115,11 @@ def test_a_prompt_in_pieces_gives_the_same_logits_as_in_one(
 
 def prefill(engine: Any, prompt: Any, chunk: int) -> np.ndarray:
     """Logits (T, V) when the prompt is run `chunk` tokens at a time."""
-    from autoglm_edge.runtime import engine as module
+    from autoglm_edge.runtime import runner as module
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "SCORE_CHUNK", chunk)
-        return np.concatenate(list(engine._score(prompt)))
+        return np.concatenate(list(engine._score(prompt, 0)))
 
 
 def test_bf16_and_fp16_checkpoints_are_read_exactly(

@@ -309,7 +309,7 @@ def test_a_recipe_is_judged_by_its_fewest_bits(preset: str, row: str) -> None:
 
 @pytest.mark.parametrize("level", [0, 1])
 def test_8_bits_with_float_activations_have_less_to_lose(level: int) -> None:
-    assert limits_for(PRESETS["int8"].with_(accuracy_level=level).to_json()) is LIMITS["int8-weights"]
+    assert limits_for(PRESETS["int8-blocks"].with_(accuracy_level=level).to_json()) is LIMITS["int8-weights"]
     assert limits_for(PRESETS["int4"].with_(accuracy_level=level).to_json()) is LIMITS["int4"]
     assert LIMITS["int8-weights"].mean_kl < LIMITS["int8"].mean_kl
 
