@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from autoglm_edge.runtime.answer import Delta, Timings, Usage
     from autoglm_edge.runtime.bundle import Bundle
     from autoglm_edge.runtime.engine import Engine
+    from autoglm_edge.runtime.reuse import ReuseOptions
 
     load = Engine.load
 
@@ -60,6 +61,7 @@ __all__ = [
     "PromptError",
     "QuantError",
     "RequestError",
+    "ReuseOptions",
     "Timings",
     "Usage",
     "estimate",
@@ -75,6 +77,7 @@ _LAZY = {
     "Bundle": "autoglm_edge.runtime.bundle",
     "Delta": "autoglm_edge.runtime.answer",
     "Engine": "autoglm_edge.runtime.engine",
+    "ReuseOptions": "autoglm_edge.runtime.reuse",
     "Timings": "autoglm_edge.runtime.answer",
     "Usage": "autoglm_edge.runtime.answer",
     "estimate": "autoglm_edge.export.pipeline",

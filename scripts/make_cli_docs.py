@@ -45,8 +45,9 @@ What all commands have in common:
 | `thinking` | what it says before the action, without tags |
 | `action` | null, or `type` and the arguments; each point as written (`element`, 0 to 999 of width and height) and, if there was a picture, where the phone agent touches the screen (`element_pixels`) |
 | `finish_reason` | `stop`, `length` or `cancelled` |
-| `usage` | `prompt_tokens` (images included), `image_tokens`, `completion_tokens` |
-| `timings` | `ttft_ms`, `image_ms`, `prefill_ms`, `decode_ms`, `prefill_tokens_per_s`, `decode_tokens_per_s` |
+| `usage` | `prompt_tokens` (images included), `image_tokens`, `completion_tokens`, `cached_tokens` (of the prompt, not computed again) |
+| `timings` | `ttft_ms`, `reuse_ms`, `image_ms`, `prefill_ms`, `decode_ms`, `prefill_tokens_per_s`, `decode_tokens_per_s`; `reused_tokens`, `encoded_images`, `cached_images`; `decoder_runs`, `drafted_tokens`, `accepted_tokens` |
+| `plan` | what reads prompts, where weights are, how many threads, and why |
 | `bundle`, `image_size`, `drawing` | the folder; width and height of the last picture; the file that `--draw` wrote |
 
 """  # noqa: E501

@@ -17,6 +17,7 @@ from PIL import Image
 
 from autoglm_edge import cli, cli_common, cli_export
 from autoglm_edge.errors import ContextLengthError, ExportError
+from autoglm_edge.quantize.formats import BlockFormat
 from autoglm_edge.runtime.answer import Delta, Timings, Usage
 from autoglm_edge.runtime.engine import Engine
 from autoglm_edge.runtime.manifest import (
@@ -183,7 +184,9 @@ def test_the_last_line_is_a_document_with_the_action_in_both_scales(engine, bund
     assert document["text"] == TAP
     assert document["thinking"] == "Here."
     assert document["action"] == {"type": "Tap", "element": [500, 250], "element_pixels": [100, 100]}
-    assert document["usage"] == {"prompt_tokens": 90, "image_tokens": 72, "completion_tokens": len(TAP)}
+    assert document["usage"] == {
+        "prompt_tokens": 90, "image_tokens": 72, "completion_tokens": len(TAP), "cached_tokens": 0,
+    }  # fmt: skip
     assert document["timings"]["ttft_ms"] == 121.0
     assert document["timings"]["prefill_tokens_per_s"] == 900.0
     assert document["finish_reason"] == "stop"
@@ -434,6 +437,7 @@ def test_export_options_reach_the_pipeline(pipeline, tmp_path):
         "--symmetric",
         "--max-image-tokens", 600, "--activations", "float16", "--accuracy-level", 0, "--revision", "abc",
         "--resume", "--force", "--refine", "gptq", "--calibration", "prompts.jsonl",
+        "--prefill", "int8",
     )  # fmt: skip
 
     assert result.exit_code == 0, result.output
@@ -441,7 +445,7 @@ def test_export_options_reach_the_pipeline(pipeline, tmp_path):
         "model": "zai-org/AutoGLM-Phone-9B", "output": tmp_path / "x", "precision": "int8", "recipe": None,
         "block_size": 32, "symmetric": True, "max_image_tokens": 600, "activations": "float16",
         "accuracy_level": 0, "revision": "abc", "resume": True, "force": True, "refine": "gptq",
-        "calibration": Path("prompts.jsonl"),
+        "calibration": Path("prompts.jsonl"), "prefill": "int8",
     }  # fmt: skip
 
 
@@ -479,7 +483,8 @@ def test_a_recipe_made_by_measurement_is_what_is_exported(pipeline, auto, tmp_pa
     assert asked.options.max_image_tokens == 600
     high, low = asked.options.levels
     assert {(rule.format.block_size, rule.refine) for rule in low.rules} == {(32, "search")}
-    assert {(rule.format.block_size, rule.refine) for rule in high.rules} == {(128, "none")}
+    blocks = [rule for rule in high.rules if isinstance(rule.format, BlockFormat)]
+    assert {(rule.format.block_size, rule.refine) for rule in blocks} == {(128, "none")}
     assert high.accuracy_level == low.accuracy_level == 0
     (exported,) = pipeline
     assert exported.recipe.name == "int4-mixed"
@@ -502,6 +507,10 @@ def test_a_recipe_made_by_measurement_is_what_is_exported(pipeline, auto, tmp_pa
         (["--recipe", "auto", "--budget-gb", "nan", "--reference", "r"], "must be a finite number"),
         (["--recipe", "auto", "--budget-gb", "inf", "--reference", "r"], "must be a finite number"),
         (["--recipe", "auto", "--budget-gb", "5", "--reference", "r", "--estimate"], "cannot be estimated"),
+        (
+            ["--recipe", "auto", "--budget-gb", "5", "--reference", "r", "--prefill", "int8"],
+            "keeps a budget that --prefill int8 is no part of",
+        ),
         (
             ["--recipe", "auto", "--budget-gb", "5", "--reference", "r", "--calibration", "c"],
             "with --refine gptq only",
