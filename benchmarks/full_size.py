@@ -55,6 +55,8 @@ def main() -> int:
         report["export"] = export(arguments)
     report["bundle_bytes"] = sum(path.stat().st_size for path in arguments.output.iterdir())
     report["read_bandwidth_gb_per_s"] = round(read_bandwidth(usable_cores()) / 1e9, 1)
+    prepared = check(watch([*AUTOGLM, "prepare", str(arguments.output)]))
+    report["prepare"] = {"seconds": round(prepared.seconds, 1), "peak": prepared.peak.to_json()}
     report["load"] = load(arguments)
     report["run"] = run(arguments)
     manifest = json.loads((arguments.output / "manifest.json").read_text())
@@ -128,6 +130,7 @@ def print_table(report: dict[str, Any]) -> None:
             ("export, peak anonymous", f"{report['export']['peak']['anon_bytes'] / 1e6:.0f} MB"),
         ]
     rows += [
+        ("preparing weights, once", f"{report['prepare']['seconds']:.0f} s"),
         ("load, files in the page cache", f"{report['load']['seconds']:.1f} s"),
         ("prompt tokens", str(run_report["usage"]["prompt_tokens"])),
         ("image encoding", f"{run_report['timings']['image_ms'] / 1e3:.1f} s"),

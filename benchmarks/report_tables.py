@@ -217,9 +217,11 @@ def full_size(results: Results) -> str:
             ("export, wall time", f"{document['export']['seconds']:.0f} s"),
             ("export, peak anonymous memory", str(_gigabytes(document["export"]["peak"]["anon_bytes"]))),
         ]
-    pieces = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items())
+    pieces = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items() if size)
+    rows.append(("bundle", f"{document['bundle_bytes'] / 1e9:.2f} GB: {pieces}"))
+    if "prepare" in document:
+        rows.append(("preparing weights, once per machine", f"{document['prepare']['seconds']:.0f} s"))
     rows += [
-        ("bundle", f"{document['bundle_bytes'] / 1e9:.2f} GB: {pieces}"),
         ("load, files in the page cache as far as they fit", f"{document['load']['seconds']:.1f} s"),
         ("memory while loading", _memory(document["load"]["peak"])),
         ("prompt", f"{usage['prompt_tokens']} tokens, {usage['image_tokens']} of the image"),
