@@ -96,7 +96,7 @@ def load(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Answer one screenshot prompt in a process of its own; no drafts, since random weights repeat themselves."""
+    """Answer one screenshot prompt in a process of its own; no drafts: random weights repeat themselves."""
     command = [
         *[*AUTOGLM, "run", str(arguments.output), "打开设置", "--json", "--no-lookup"],
         *["--max-tokens", str(arguments.tokens), "--max-image-tokens", str(arguments.max_image_tokens)],
