@@ -47,10 +47,13 @@ class GraphSequence:
         if array.ndim != 1 or not array.size:
             raise RequestError(f"ids have the shape {array.shape}, must be one token at least, in a row")
         before = len(array) - 1
-        chunk = self._model.plan.prefill_chunk
+        plan = self._model.plan
+        chunk, by_decoder = plan.prefill_chunk, before < plan.prompt_from
         for start in range(0, before, chunk):
             part = array[start : min(start + chunk, before)]
-            self._model.prefill(self._model.embed(part), self._positions(len(part)), self.cache)
+            self._model.prefill(
+                self._model.embed(part), self._positions(len(part)), self.cache, by_decoder=by_decoder
+            )
         self._model.forward(self._model.embed(array[before:]), self._positions(1), self.cache)
 
     def fill(self, count: int, random: np.random.Generator) -> None:
