@@ -7,6 +7,7 @@ says so; nothing is filled in by hand. Runs nothing.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 from agent_step import table as agent_table
@@ -163,24 +164,23 @@ def _prefill_rows(document: Mapping[str, Any] | None) -> list[Row]:
 
 
 def _vision_rows(results: Results) -> list[Row]:
-    """Growth of anonymous memory per patch, between the smallest and the largest picture."""
+    """Growth of anonymous memory per further patch, from picture to larger picture."""
     document = results.get("bench-int4")
     measured = reached = None
-    if document and len(document["images"]) > 1:
-        held = document["memory"]["load vision"]["anon_bytes"]
+    if document and len(document["images"]) > 2:
         points = [
             (row["patches"], document["memory"][f"image of {row['tokens']}"]["anon_bytes"])
             for row in document["images"]
         ]
-        if held is not None and all(value is not None for _, value in points):
-            per_patch = [max(0.0, (value - held) / patches) for patches, value in points]
+        if all(value is not None for _, value in points):
+            steps = list(pairwise(points))
+            slopes = [max(0.0, (more - less) / (high - low)) for (low, less), (high, more) in steps]
             measured = ", ".join(
-                f"{value / 1e3:.0f} kB a patch at {patches:,}"
-                for value, (patches, _) in zip(per_patch, points, strict=True)
+                f"{slope / 1e3:.0f} kB a patch from {low:,} to {high:,}"
+                for slope, ((low, _), (high, _)) in zip(slopes, steps, strict=True)
             )
-            # Quadratic memory would grow per patch as the patches do.
-            growth = points[-1][0] / points[0][0]
-            reached = per_patch[-1] <= max(per_patch[0], 1e3) * growth**0.5
+            # Quadratic memory would cost more for each further patch: here in proportion to the patches.
+            reached = slopes[-1] <= max(slopes[0], 1e3) * 1.25
     return [_row("vision attention", "memory linear in patches", measured, reached)]
 
 

@@ -24,8 +24,8 @@ from numpy.typing import NDArray
 TILE_ROWS = 256
 """Channels at once: what numpy's innermost loops run over."""
 TILE_BYTES = 1024
-"""Stored bytes of a channel at once: 512 kB of 16-bit lanes, half of a core's cache. Smaller tiles are no faster
-on one thread, and on two they take the interpreter's lock from each other."""
+"""Stored bytes of a channel at once: 512 kB of 16-bit lanes, half of a core's cache. Smaller tiles are no
+faster on one thread, and on two they take the interpreter's lock from each other."""
 _ONE = 256
 """Block scales are multiples of the channel's scale divided by this."""
 
