@@ -205,7 +205,8 @@ def export(
     seconds = time.monotonic() - started
     manifest = bundle.manifest
     for name, part in manifest.parts.items():
-        click.echo(f"{name:10} {format_bytes(part.weight_bytes):>10}")
+        if part.weight_bytes:  # the layer has no bytes of its own
+            click.echo(f"{name:10} {format_bytes(part.weight_bytes):>10}")
     click.echo(f"{'bundle':10} {format_bytes(manifest.total_bytes):>10}  {place}")
     progress.say(
         f"Done in {seconds:.0f} s; ask it with: autoglm run {shlex.quote(str(place))} --image SCREENSHOT TASK"
