@@ -8,6 +8,7 @@
     ├── ParityError            a reference is missing, foreign or damaged, or is not one of this bundle
     ├── DeviceError            the device asked for is not there
     ├── DependencyError        an optional part is not installed
+    ├── SimulationError        a device cannot be simulated: its profile is wrong, or this host cannot limit
     └── RequestError           what the caller asked for cannot be done
         ├── ImageError         an image cannot be read or used
         ├── PromptError        messages or template cannot be turned into a prompt
@@ -54,6 +55,10 @@ class DeviceError(EdgeError):
 
 class DependencyError(EdgeError):
     """An optional part is needed and not installed."""
+
+
+class SimulationError(EdgeError):
+    """A device profile is missing or wrong, or a simulated run cannot be set up on this host."""
 
 
 class RequestError(EdgeError):
