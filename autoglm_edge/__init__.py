@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from autoglm_edge.runtime.answer import Delta, Timings, Usage
     from autoglm_edge.runtime.bundle import Bundle
     from autoglm_edge.runtime.engine import Engine
-    from autoglm_edge.runtime.reuse import ReuseOptions
+    from autoglm_edge.runtime.reuse.options import ReuseOptions
 
     load = Engine.load
 
@@ -77,7 +77,7 @@ _LAZY = {
     "Bundle": "autoglm_edge.runtime.bundle",
     "Delta": "autoglm_edge.runtime.answer",
     "Engine": "autoglm_edge.runtime.engine",
-    "ReuseOptions": "autoglm_edge.runtime.reuse",
+    "ReuseOptions": "autoglm_edge.runtime.reuse.options",
     "Timings": "autoglm_edge.runtime.answer",
     "Usage": "autoglm_edge.runtime.answer",
     "estimate": "autoglm_edge.export.pipeline",

@@ -69,7 +69,7 @@ def load_images(paths: Sequence[Path]) -> list[Image]:
     Raises:
         ImageError: a file is missing or no picture.
     """
-    from autoglm_edge.runtime.image import load_image
+    from autoglm_edge.runtime.prompt.image import load_image
 
     return [load_image(path) for path in paths]
 

@@ -90,7 +90,7 @@ def budget_tokens(manifest: Manifest) -> dict[int, int]:
 
 
 def _tokens(screen: tuple[int, int], image: ImageSpec) -> int:
-    from autoglm_edge.runtime.image import fit
+    from autoglm_edge.runtime.prompt.image import fit
 
     width, height = screen
     fitted_height, fitted_width = fit(height, width, image)

@@ -42,9 +42,9 @@ def prepare(bundle: Path, remove: bool, status: bool, threads: int | None, as_js
     them into memory. They take about twice the bundle's size there.
     """
     from autoglm_edge.runtime.bundle import Bundle
+    from autoglm_edge.runtime.machine.prepared import prepare as prepare_part
+    from autoglm_edge.runtime.machine.prepared import remove_prepared
     from autoglm_edge.runtime.plan import PREPARED_PARTS
-    from autoglm_edge.runtime.prepared import prepare as prepare_part
-    from autoglm_edge.runtime.prepared import remove_prepared
     from autoglm_edge.runtime.session import SessionOptions
 
     if remove and status:
@@ -75,8 +75,8 @@ def prepare(bundle: Path, remove: bool, status: bool, threads: int | None, as_js
 
 def prepared_parts(bundle: Bundle) -> dict[str, dict[str, Any]]:
     """State of each part that can be prepared, by name."""
+    from autoglm_edge.runtime.machine.prepared import prepared_state
     from autoglm_edge.runtime.plan import PREPARED_PARTS
-    from autoglm_edge.runtime.prepared import prepared_state
 
     parts = {}
     for part in PREPARED_PARTS:

@@ -41,7 +41,7 @@ from autoglm_edge.errors import EdgeError, RequestError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from autoglm_edge.runtime.reuse import ReuseOptions
+    from autoglm_edge.runtime.reuse.options import ReuseOptions
 
 
 def _sampling_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -249,7 +249,7 @@ def _reuse_options(prefix_cache: Path | None, *, lookup: bool, reuse: bool) -> R
     Raises:
         click.UsageError: a folder to keep it in, and nothing to be kept.
     """
-    from autoglm_edge.runtime.reuse import ReuseOptions
+    from autoglm_edge.runtime.reuse.options import ReuseOptions
 
     drafts: Literal["auto", False] = "auto" if lookup else False
     if not reuse:

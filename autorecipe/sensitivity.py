@@ -28,7 +28,7 @@ from autoglm_edge.parity.scoring import score_case
 from autoglm_edge.parity.validate import check_inputs
 from autoglm_edge.runtime.bundle import Bundle
 from autoglm_edge.runtime.engine import Engine
-from autoglm_edge.runtime.reuse import ReuseOptions
+from autoglm_edge.runtime.reuse.options import ReuseOptions
 from autoglm_edge.runtime.session import SessionOptions
 
 from .measurements import Measurement

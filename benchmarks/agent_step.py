@@ -33,7 +33,7 @@ from autoglm_edge.measure.memory import MemorySampler
 from autoglm_edge.measure.speed import screenshot
 from autoglm_edge.runtime.answer import Delta
 from autoglm_edge.runtime.engine import Engine
-from autoglm_edge.runtime.reuse import ReuseOptions
+from autoglm_edge.runtime.reuse.options import ReuseOptions
 
 HERE = Path(__file__).resolve().parent
 SESSION = HERE / "agent_session.json"

@@ -36,7 +36,7 @@ from peer_job import Job
 from autoglm_edge.measure.bandwidth import measure_limits
 from autoglm_edge.measure.figures import rounded
 from autoglm_edge.measure.machine import this_machine
-from autoglm_edge.runtime.session import usable_cores
+from autoglm_edge.runtime.machine.topology import usable_cores
 
 HERE = Path(__file__).resolve().parent
 REFERENCE = "llama.cpp Q4_0"

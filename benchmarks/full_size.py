@@ -23,7 +23,7 @@ import onnxruntime
 from autoglm_edge.measure.bandwidth import read_bandwidth
 from autoglm_edge.measure.machine import this_machine
 from autoglm_edge.measure.memory import Watched, watch
-from autoglm_edge.runtime.session import usable_cores
+from autoglm_edge.runtime.machine.topology import usable_cores
 
 AUTOGLM = [sys.executable, "-m", "autoglm_edge"]
 

@@ -31,17 +31,17 @@ from autoglm_edge.measure.machine import this_machine
 from autoglm_edge.runtime.answer import Clock
 from autoglm_edge.runtime.bundle import Bundle
 from autoglm_edge.runtime.generation import Drafter, generate
-from autoglm_edge.runtime.messages import read_messages
 from autoglm_edge.runtime.model import Model
-from autoglm_edge.runtime.pace import BLOCK_COSTS, INTEGER_COSTS, Pace
 from autoglm_edge.runtime.plan import PREFILL_CHUNK
-from autoglm_edge.runtime.prompt import prompt_ids
-from autoglm_edge.runtime.reuse import Lookup
+from autoglm_edge.runtime.prompt.build import prompt_ids
+from autoglm_edge.runtime.prompt.messages import read_messages
+from autoglm_edge.runtime.prompt.template import ChatTemplate
+from autoglm_edge.runtime.prompt.tokenizer import Tokenizer
+from autoglm_edge.runtime.reuse.options import Lookup
+from autoglm_edge.runtime.reuse.pace import BLOCK_COSTS, INTEGER_COSTS, Pace
+from autoglm_edge.runtime.reuse.sequence import text_keys
 from autoglm_edge.runtime.runner import Runner
-from autoglm_edge.runtime.sequence import text_keys
 from autoglm_edge.runtime.session import SessionOptions
-from autoglm_edge.runtime.template import ChatTemplate
-from autoglm_edge.runtime.tokenizer import Tokenizer
 
 HERE = Path(__file__).resolve().parent
 IMAGE_TOKENS = 592

@@ -26,7 +26,7 @@ from autoglm_edge.measure.machine import this_machine
 from autoglm_edge.runtime import runner as runner_module
 from autoglm_edge.runtime.answer import Clock
 from autoglm_edge.runtime.engine import Engine
-from autoglm_edge.runtime.reuse import ReuseOptions
+from autoglm_edge.runtime.reuse.options import ReuseOptions
 
 PRESETS = ("fp32", "int8", "int8-blocks", "int4")
 BLOCKS, ODD, RUNS = (16, 48, 80), (17, 33, 37), (2, 3, 4, 5, 8, 16)

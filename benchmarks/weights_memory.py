@@ -29,8 +29,9 @@ from autoglm_edge.measure.bandwidth import read_bandwidth
 from autoglm_edge.measure.machine import this_machine
 from autoglm_edge.measure.memory import MemorySampler, read_memory
 from autoglm_edge.runtime.bundle import Bundle
+from autoglm_edge.runtime.machine.topology import usable_cores
 from autoglm_edge.runtime.model import Model
-from autoglm_edge.runtime.session import SessionOptions, usable_cores
+from autoglm_edge.runtime.session import SessionOptions
 
 WAYS = ("packed", "prepared", "mapped")
 

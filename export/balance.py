@@ -30,9 +30,11 @@ from threading import Lock
 import numpy as np
 from numpy.typing import NDArray
 
+from autoglm_edge.runtime.machine.topology import usable_cores
+
 from .links import Link
 from .plan import Dtype
-from .writer import Rows, default_workers
+from .writer import Rows
 
 SCAN_BYTES = 1 << 20
 """Float32 bytes that each thread reads at once while it looks for the largest weights."""
@@ -120,7 +122,7 @@ class Balanced:
         self._made: dict[str, _Factors] = {}
         self._read: dict[str, _Factors] = {}
         for link in links:
-            factors = _Factors(store, link, BOUNDS[activations], workers or default_workers())
+            factors = _Factors(store, link, BOUNDS[activations], workers or usable_cores())
             self._made[link.source] = factors
             self._read.update(dict.fromkeys(link.readers, factors))
 

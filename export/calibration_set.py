@@ -23,13 +23,13 @@ from numpy.typing import NDArray
 
 from autoglm_edge.embedded import pocket_path
 from autoglm_edge.errors import ContextLengthError, ExportError, ImageError, PromptError, RequestError
-from autoglm_edge.runtime.image import PatchedImage
 from autoglm_edge.runtime.manifest import Calibration
-from autoglm_edge.runtime.messages import Message, TextPart, read_messages
-from autoglm_edge.runtime.prompt import build_prompt, prompt_ids
-from autoglm_edge.runtime.questions import Question, read_questions
-from autoglm_edge.runtime.template import ChatTemplate
-from autoglm_edge.runtime.tokenizer import Tokenizer
+from autoglm_edge.runtime.prompt.build import build_prompt, prompt_ids
+from autoglm_edge.runtime.prompt.image import PatchedImage
+from autoglm_edge.runtime.prompt.messages import Message, TextPart, read_messages
+from autoglm_edge.runtime.prompt.questions import Question, read_questions
+from autoglm_edge.runtime.prompt.template import ChatTemplate
+from autoglm_edge.runtime.prompt.tokenizer import Tokenizer
 
 from .checkpoint import Checkpoint
 from .config import ModelConfig

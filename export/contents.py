@@ -19,7 +19,7 @@ import onnx_ir as ir
 
 from autoglm_edge.errors import ExportError
 from autoglm_edge.quantize.recipe import Recipe
-from autoglm_edge.runtime.layer_index import index_to_json
+from autoglm_edge.runtime.layerwise.index import index_to_json
 from autoglm_edge.runtime.manifest import (
     FORMAT_VERSION,
     FileEntry,

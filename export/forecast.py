@@ -28,6 +28,7 @@ from autoglm_edge.quantize.formats import quantize_rows
 from autoglm_edge.quantize.gptq import GptqFactor, Panel, gptq_rows
 from autoglm_edge.quantize.refine import search_rows
 from autoglm_edge.quantize.rule import REFINEMENTS, Refinement
+from autoglm_edge.runtime.machine.topology import usable_cores
 from autoglm_edge.runtime.manifest import MANIFEST_NAME
 
 from .balance import largest, scan_bytes
@@ -38,7 +39,7 @@ from .links import channel_links
 from .plan import PartPlan, Weight
 from .shapes import expected_tensors
 from .staging import MARGIN_BYTES, Staging, nearest_folder
-from .writer import default_workers, in_flight_bytes
+from .writer import in_flight_bytes
 
 TRIAL_ROWS, TRIAL_COLUMNS = 512, 4096
 TRIAL_REPEATS = 2
@@ -173,7 +174,7 @@ def estimate_job(job: Job, output: Path) -> Estimate:
     total_bytes = job.data_bytes + small_bytes
     free_bytes = shutil.disk_usage(nearest_folder(output)).free
     missing_bytes = max(0, total_bytes + MARGIN_BYTES - Staging(output).allocated_bytes)
-    workers = default_workers()
+    workers = usable_cores()
     tensors = job.checkpoint.tensors
     working = max(in_flight_bytes(plan, tensors, workers) for plan in job.plans)
     if job.recipe.balance:

@@ -14,7 +14,7 @@ import onnx_ir as ir
 from autoglm_edge.quantize.channels import ChannelFormat
 from autoglm_edge.quantize.formats import BlockFormat
 from autoglm_edge.quantize.recipe import Recipe, Rule
-from autoglm_edge.runtime.layer_index import LayerWeights, Matrix, Vector
+from autoglm_edge.runtime.layerwise.index import LayerWeights, Matrix, Vector
 
 from .config import ModelConfig
 from .plan import PartPlan, Weight

@@ -20,7 +20,8 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from autoglm_edge.errors import ExportError
-from autoglm_edge.runtime.session import usable_cores
+from autoglm_edge.runtime.machine.topology import usable_cores
+from autoglm_edge.runtime.session import shrinking_run
 
 from .plan import PartPlan
 from .writer import Rows
@@ -50,8 +51,7 @@ class Probe:
         settings.inter_op_num_threads = 1
         settings.log_severity_level = 3
         settings.use_deterministic_compute = True
-        self._shrink = ort.RunOptions()
-        self._shrink.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+        self._shrink = shrinking_run()
         graph = ir.to_proto(plan.model).SerializeToString()
         try:
             self._session = ort.InferenceSession(graph, settings, providers=["CPUExecutionProvider"])

@@ -28,6 +28,7 @@ from autoglm_edge.errors import ExportError, QuantError
 from autoglm_edge.quantize.channels import ChannelFormat, QuantizedChannels
 from autoglm_edge.quantize.formats import BlockFormat
 from autoglm_edge.quantize.gptq import TILE_ROWS
+from autoglm_edge.runtime.machine.topology import usable_cores
 
 from .gram import PANEL
 from .plan import PartPlan, Piece, Weight
@@ -84,12 +85,6 @@ class Chunk:
     stop: int
     last: bool
     to_integers: RowsToIntegers | None
-
-
-def default_workers() -> int:
-    """Threads that can run at once: the cores that this process may use."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def source_matrix(weight: Weight, shape: tuple[int, ...]) -> tuple[int, int]:
@@ -172,7 +167,7 @@ def write_part(
         QuantError: a value cannot be quantized.
         OSError: the disk is full or fails.
     """
-    count = workers or default_workers()
+    count = workers or usable_cores()
     handle = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o644)
     try:
         if not finished:

@@ -48,7 +48,7 @@ class GraphSequence:
             raise RequestError(f"ids have the shape {array.shape}, must be one token at least, in a row")
         before = len(array) - 1
         plan = self._model.plan
-        chunk, by_decoder = plan.prefill_chunk, before < plan.prompt_from
+        chunk, by_decoder = plan.prefill_chunk, plan.by_decoder(before)
         for start in range(0, before, chunk):
             part = array[start : min(start + chunk, before)]
             self._model.prefill(

@@ -13,7 +13,8 @@ from typing import Any
 
 import onnxruntime as ort
 
-from autoglm_edge.runtime.session import usable_cores
+from autoglm_edge.runtime.machine.integers import cpu_flags
+from autoglm_edge.runtime.machine.topology import usable_cores
 
 _UNITS = (
     "avx2",
@@ -69,10 +70,9 @@ class Machine:
 
 def this_machine() -> Machine:
     """The machine that this runs on."""
-    facts = _cpuinfo()
-    flags = set((facts.get("flags") or facts.get("Features") or "").split())
+    flags = cpu_flags() or frozenset()
     return Machine(
-        processor=facts.get("model name") or platform.processor() or platform.machine() or "unknown",
+        processor=_processor() or platform.processor() or platform.machine() or "unknown",
         cores=usable_cores(),
         units=tuple(unit for unit in _UNITS if unit in flags),
         memory_bytes=_memory_bytes(),
@@ -82,17 +82,14 @@ def this_machine() -> Machine:
     )
 
 
-def _cpuinfo() -> dict[str, str]:
-    """The first entry of each key; empty where there is no such file."""
+def _processor() -> str:
+    """The name that Linux has for the first CPU; "" where it tells none."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
-        return {}
-    facts: dict[str, str] = {}
-    for line in lines:
-        name, _, value = line.partition(":")
-        facts.setdefault(name.strip(), value.strip())
-    return facts
+        return ""
+    named = (line.partition(":") for line in lines)
+    return next((value.strip() for name, _, value in named if name.strip() == "model name"), "")
 
 
 def _memory_bytes() -> int | None:

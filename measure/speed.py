@@ -23,9 +23,9 @@ from PIL import Image, ImageDraw
 
 from autoglm_edge.errors import RequestError
 from autoglm_edge.runtime.bundle import Bundle
-from autoglm_edge.runtime.image import patchify
 from autoglm_edge.runtime.model import Model
 from autoglm_edge.runtime.plan import plan_model
+from autoglm_edge.runtime.prompt.image import patchify
 from autoglm_edge.runtime.session import SessionOptions
 
 from .bandwidth import Limits, measure_limits

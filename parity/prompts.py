@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from autoglm_edge.errors import PromptError
-from autoglm_edge.runtime.questions import Question as Question
-from autoglm_edge.runtime.questions import read_questions
+from autoglm_edge.runtime.prompt.questions import Question as Question
+from autoglm_edge.runtime.prompt.questions import read_questions
 
 from .screens import Size, draw_dialog, draw_list, draw_shapes
 

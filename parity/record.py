@@ -20,10 +20,10 @@ from PIL import Image
 from autoglm_edge.embedded import POCKET_NAME
 from autoglm_edge.errors import ContextLengthError, ParityError, RequestError
 from autoglm_edge.export.checkpoint import Checkpoint
-from autoglm_edge.runtime.messages import ImagePart, Message, TextPart, read_messages
-from autoglm_edge.runtime.prompt import Prompt, build_prompt
-from autoglm_edge.runtime.template import ChatTemplate, ImageLayout
-from autoglm_edge.runtime.tokenizer import FILE_NAME, Tokenizer
+from autoglm_edge.runtime.prompt.build import Prompt, build_prompt
+from autoglm_edge.runtime.prompt.messages import ImagePart, Message, TextPart, read_messages
+from autoglm_edge.runtime.prompt.template import ChatTemplate, ImageLayout
+from autoglm_edge.runtime.prompt.tokenizer import FILE_NAME, Tokenizer
 
 from .prompts import DEFAULT_SEED, PROMPT_SETS, Question, make_prompts
 from .reference import Case, Fingerprint, Reference, patches_sha256, sample_rows, write_reference

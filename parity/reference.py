@@ -24,9 +24,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from autoglm_edge.errors import BundleError, DependencyError, EdgeError, ParityError
-from autoglm_edge.runtime.image import PatchedImage, load_image
 from autoglm_edge.runtime.manifest import ImageSpec
-from autoglm_edge.runtime.template import ImageLayout
+from autoglm_edge.runtime.prompt.image import PatchedImage, load_image
+from autoglm_edge.runtime.prompt.template import ImageLayout
 
 from .rows import Rows
 

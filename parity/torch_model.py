@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autoglm_edge.errors import DependencyError, DeviceError, ParityError
-from autoglm_edge.runtime.prompt import Prompt
+from autoglm_edge.runtime.prompt.build import Prompt
 
 Device = Literal["cpu", "cuda"]
 Dtype = Literal["float32", "bfloat16"]

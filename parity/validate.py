@@ -21,8 +21,8 @@ from PIL import Image
 from autoglm_edge.errors import ParityError, RequestError
 from autoglm_edge.runtime.bundle import Bundle
 from autoglm_edge.runtime.engine import Engine
-from autoglm_edge.runtime.prompt import Prompt
-from autoglm_edge.runtime.reuse import ReuseOptions
+from autoglm_edge.runtime.prompt.build import Prompt
+from autoglm_edge.runtime.reuse.options import ReuseOptions
 from autoglm_edge.runtime.session import Device, Prefill, SessionOptions
 
 from .comparison import Collector, Comparison, Observed, without_end

@@ -26,21 +26,21 @@ from autoglm_edge.errors import BundleError, ContextLengthError, RequestError
 from .answer import Clock, Delta, Usage
 from .bundle import Bundle
 from .generation import Cancel, Drafter, generate
-from .image import PatchedImage
-from .messages import read_messages
+from .machine.prepared import Tell
 from .model import Model
-from .pace import BLOCK_COSTS, INTEGER_COSTS, Pace
 from .plan import ModelPlan
-from .prepared import Tell
-from .prompt import Prompt, build_prompt, prompt_from_ids, prompt_ids
+from .prompt.build import Prompt, build_prompt, prompt_from_ids, prompt_ids
+from .prompt.image import PatchedImage
+from .prompt.messages import read_messages
+from .prompt.template import IMAGE_LAYOUTS, ChatTemplate, ImageLayout
+from .prompt.tokenizer import Tokenizer
 from .reply import reply
-from .reuse import ReuseOptions
+from .reuse.options import ReuseOptions
+from .reuse.pace import BLOCK_COSTS, INTEGER_COSTS, Pace
 from .runner import make_runner
 from .sampling import Sampler, SamplingParams
 from .session import Device, Prefill, SessionOptions, Weights
 from .stops import StopText, read_stops
-from .template import IMAGE_LAYOUTS, ChatTemplate, ImageLayout
-from .tokenizer import Tokenizer
 
 DEFAULT_CONTEXT = 25480
 """Tokens held unless asked otherwise: what the reference deployment of the phone agent serves."""

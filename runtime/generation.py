@@ -18,9 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .answer import Clock
-from .lookup import Draft, NGramIndex
-from .pace import MOST_TOKENS, Pace
-from .reuse import Lookup
+from .reuse.lookup import Draft, NGramIndex
+from .reuse.options import Lookup
+from .reuse.pace import MOST_TOKENS, Pace
 from .runner import Runner
 from .sampling import Sampler
 

@@ -20,14 +20,14 @@ from autoglm_edge.errors import BundleError, DeviceError
 
 from .bundle import Bundle
 from .cache import KVCache
-from .image import PatchedImage
-from .integers import WIDENED
-from .layers import Layers
-from .limits import anonymous_bytes, trim_memory
+from .layerwise.layers import Layers
+from .machine.integers import WIDENED
+from .machine.limits import anonymous_bytes, trim_memory
+from .machine.prepared import LogTell, Tell, discard_prepared, prepare, prepared_root, prepared_state
 from .manifest import Manifest
 from .plan import PREFILL_FROM_TOKENS, PREPARED_PARTS, ModelPlan, is_integer, plan_model
-from .prepared import LogTell, Tell, discard_prepared, prepare, prepared_root, prepared_state
-from .session import MAPPED, Binding, SessionOptions, open_session, run_errors
+from .prompt.image import PatchedImage
+from .session import MAPPED, Binding, SessionOptions, open_session, run_errors, shrinking_run
 
 __all__ = ["Model", "ModelPlan"]
 
@@ -71,9 +71,7 @@ class Model:
         self._bindings: WeakKeyDictionary[KVCache, Binding] = WeakKeyDictionary()
         self._prefill_bindings: WeakKeyDictionary[KVCache, Binding] = WeakKeyDictionary()
         # Activations of a long prefill or of a picture are given back after the run, not kept for the next.
-        self._shrink = ort.RunOptions()
-        if options.device == "cpu":
-            self._shrink.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+        self._shrink = shrinking_run() if options.device == "cpu" else ort.RunOptions()
 
     def new_cache(self, capacity: int) -> KVCache:
         """Buffers for one sequence of up to `capacity` tokens.
@@ -117,18 +115,10 @@ class Model:
             (n, V) float32.
         """
         tokens = embeds.shape[1]
-        assert cache.length + tokens <= cache.capacity, "the engine checks the context before it computes"
-        feeds = {
-            "inputs_embeds": np.ascontiguousarray(embeds),
-            "attention_mask": np.ones((1, cache.length + tokens), np.int64),
-            "position_ids": np.ascontiguousarray(positions[:, None]),
-            "num_logits_to_keep": np.array(keep, np.int64),
-        }
+        feeds = _feeds(embeds, positions, cache) | {"num_logits_to_keep": np.array(keep, np.int64)}
         shape = (1, min(keep, tokens) or tokens, self.bundle.manifest.geometry.vocab)
         logits = np.empty(shape, np.float32)
-        binding = self._bindings.get(cache)
-        if binding is None:
-            binding = self._bindings[cache] = Binding(self._decoder, cache.past, cache.present)
+        binding = _bound(self._bindings, self._decoder, cache)
         binding.run(feeds, {"logits": logits}, self._shrink if tokens > 1 else None)
         cache.length += tokens
         scores: NDArray[np.float32] = logits[0]
@@ -163,18 +153,10 @@ class Model:
         if by_decoder or self.plan.prefill == "decoder" or tokens < PREFILL_FROM_TOKENS:
             self.forward(embeds, positions, cache, keep=1)
             return True
-        assert cache.length + tokens <= cache.capacity, "the engine checks the context before it computes"
+        feeds = _feeds(embeds, positions, cache)
         if self.plan.prefill == "layers":
             return self._layers.prefill(embeds, positions, cache, cancelled)
-        feeds = {
-            "inputs_embeds": np.ascontiguousarray(embeds),
-            "attention_mask": np.ones((1, cache.length + tokens), np.int64),
-            "position_ids": np.ascontiguousarray(positions[:, None]),
-        }
-        binding = self._prefill_bindings.get(cache)
-        if binding is None:
-            binding = self._prefill_bindings[cache] = Binding(self._prefill, cache.past, cache.present)
-        binding.run(feeds, {}, self._shrink)
+        _bound(self._prefill_bindings, self._prefill, cache).run(feeds, {}, self._shrink)
         cache.length += tokens
         return True
 
@@ -271,6 +253,28 @@ class Model:
         else:
             reason = f"mapped, {copied / 1e9:.2f} GB of memory grew in loading {size / 1e9:.2f} GB"
             self.plan = dataclasses.replace(self.plan, weights_reason=reason, prepare=False)
+
+
+def _feeds(
+    embeds: NDArray[np.floating], positions: NDArray[np.int64], cache: KVCache
+) -> dict[str, NDArray[Any]]:
+    """What decoder and prefill graph are given of the tokens that follow those in the cache."""
+    tokens = embeds.shape[1]
+    assert cache.length + tokens <= cache.capacity, "the engine checks the context before it computes"
+    return {
+        "inputs_embeds": np.ascontiguousarray(embeds),
+        "attention_mask": np.ones((1, cache.length + tokens), np.int64),
+        "position_ids": np.ascontiguousarray(positions[:, None]),
+    }
+
+
+def _bound(
+    bindings: WeakKeyDictionary[KVCache, Binding], session: ort.InferenceSession, cache: KVCache
+) -> Binding:
+    """The binding of a session to a cache, made at its first use."""
+    if cache not in bindings:
+        bindings[cache] = Binding(session, cache.past, cache.present)
+    return bindings[cache]
 
 
 _Value = tuple[str, tuple[int | None, ...]]

@@ -13,12 +13,12 @@ from typing import Literal
 from autoglm_edge.errors import DeviceError, RequestError
 
 from .bundle import Bundle
-from .integers import Integers, integers
-from .limits import available_bytes
+from .machine.integers import Integers, integers
+from .machine.limits import available_bytes
+from .machine.prepared import prepared_state, room_for
+from .machine.topology import choose_threads
 from .manifest import Manifest
-from .prepared import prepared_state, room_for
 from .session import SessionOptions
-from .topology import choose_threads
 
 PREPARE_FROM_BYTES = 1_000_000_000
 """Least weights of a decoder that are prepared without being asked for: smaller ones pack in a second."""
@@ -61,6 +61,10 @@ class ModelPlan:
     prepare: bool = False
     widened: bool = False
     prompt_from: int = PREFILL_FROM_TOKENS
+
+    def by_decoder(self, tokens: int) -> bool:
+        """Whether a prompt of so many tokens before its last one goes through the decoder."""
+        return self.prefill == "decoder" or tokens < self.prompt_from
 
     @property
     def prefill_chunk(self) -> int:

@@ -10,8 +10,8 @@ from collections.abc import Container, Generator, Iterator
 from dataclasses import dataclass
 
 from .answer import Delta, FinishReason
+from .prompt.tokenizer import StreamDecoder, Tokenizer
 from .stops import StopText
-from .tokenizer import StreamDecoder, Tokenizer
 
 
 @dataclass(frozen=True)

@@ -21,16 +21,16 @@ from autoglm_edge.errors import RequestError
 
 from .answer import Clock
 from .bundle import Bundle
-from .features import FeatureCache
-from .image import PatchedImage
 from .manifest import TokenSpec
 from .model import Model
 from .plan import PREFILL_CHUNK, PREFILL_FROM_TOKENS, ModelPlan
-from .prefix import BLOCK_TOKENS, PrefixStore
-from .prefix_folder import BlockFolder
-from .prompt import Prompt
-from .reuse import ReuseOptions
-from .sequence import (
+from .prompt.build import Prompt
+from .prompt.image import PatchedImage
+from .reuse.features import FeatureCache
+from .reuse.options import ReuseOptions
+from .reuse.prefix import BLOCK_TOKENS, PrefixStore
+from .reuse.prefix_folder import BlockFolder
+from .reuse.sequence import (
     DECODER,
     LAYERS,
     PREFILL,
@@ -211,7 +211,7 @@ class Runner:
         another one than a cold one. So at least that many tokens are left to compute, and in each piece.
         """
         plan = self.plan
-        if plan.prefill == "decoder" or tokens < plan.prompt_from:
+        if plan.by_decoder(tokens):
             return DECODER, 0
         return (LAYERS if plan.prefill == "layers" else PREFILL), PREFILL_FROM_TOKENS
 

@@ -5,7 +5,6 @@ In: the file of a graph. Out: an `onnxruntime.InferenceSession`. Knows nothing o
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from numpy.typing import NDArray
 
 from autoglm_edge.errors import BundleError, DeviceError, RequestError
 
-from .topology import choose_threads
+from .machine.topology import choose_threads
 
 Device = Literal["cpu", "cuda"]
 Weights = Literal["auto", "mapped", "packed", "prepared"]
@@ -76,11 +75,6 @@ class SessionOptions:
         return choose_threads(self.threads).count
 
 
-def usable_cores() -> int:
-    """CPUs that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def session_settings(options: SessionOptions, entries: Mapping[str, str] | None = None) -> ort.SessionOptions:
     """What all sessions have in common, and the entries of this one."""
     settings = ort.SessionOptions()
@@ -129,6 +123,13 @@ def open_session(
         )
     session.disable_fallback()  # it would print to stdout and go on with another provider
     return session
+
+
+def shrinking_run() -> ort.RunOptions:
+    """Options of a run on the CPU that gives the memory of its activations back at its end."""
+    options = ort.RunOptions()
+    options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+    return options
 
 
 class Binding:

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from autoglm_edge.runtime.manifest import ImageSpec, TokenSpec
-from autoglm_edge.runtime.tokenizer import Tokenizer
+from autoglm_edge.runtime.prompt.tokenizer import Tokenizer
 
 POCKET = Path(__file__).parents[1] / "autoglm_edge" / "pocket"
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)

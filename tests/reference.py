@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from autoglm_edge.runtime.prompt import Prompt
+from autoglm_edge.runtime.prompt.build import Prompt
 
 
 def model_inputs(model: Any, prompt: Prompt) -> dict[str, torch.Tensor]:

@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from autoglm_edge.runtime.image import PatchedImage
 from autoglm_edge.runtime.manifest import TokenSpec
-from autoglm_edge.runtime.positions import image_positions
-from autoglm_edge.runtime.prompt import Prompt
+from autoglm_edge.runtime.prompt.build import Prompt
+from autoglm_edge.runtime.prompt.image import PatchedImage
+from autoglm_edge.runtime.prompt.positions import image_positions
 
 VOCAB = 24
 LEAST = 8
@@ -112,7 +112,9 @@ class FakeModel:
     @property
     def plan(self) -> Any:
         return SimpleNamespace(
-            prefill="integer" if self.integer else "decoder", prompt_from=LEAST, prefill_chunk=32
+            prefill="integer" if self.integer else "decoder",
+            by_decoder=lambda tokens: not self.integer or tokens < LEAST,
+            prefill_chunk=32,
         )
 
     @property

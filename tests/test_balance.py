@@ -201,7 +201,7 @@ def test_an_interrupted_export_goes_on_to_the_same_bytes(
 ) -> None:
     monkeypatch.setattr("autoglm_edge.export.writer.SYNC_BYTES", 1)  # every weight is journalled at once
     monkeypatch.setattr("autoglm_edge.export.writer.CHUNK_BYTES", (2048, 4096))
-    monkeypatch.setattr("autoglm_edge.export.writer.default_workers", lambda: 3)
+    monkeypatch.setattr("autoglm_edge.export.writer.usable_cores", lambda: 3)
     tiny = outliers(checkpoint_of("tiny"), tmp_path / "checkpoint")
     seen: list[str] = []
 

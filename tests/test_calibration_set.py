@@ -17,10 +17,10 @@ from autoglm_edge.errors import ExportError
 from autoglm_edge.export import calibration_set as module
 from autoglm_edge.export.calibration_set import CalibrationSet, built_in_set, read_calibration
 from autoglm_edge.export.checkpoint import Checkpoint
-from autoglm_edge.runtime.messages import read_messages
-from autoglm_edge.runtime.prompt import build_prompt
-from autoglm_edge.runtime.template import ChatTemplate
-from autoglm_edge.runtime.tokenizer import Tokenizer
+from autoglm_edge.runtime.prompt.build import build_prompt
+from autoglm_edge.runtime.prompt.messages import read_messages
+from autoglm_edge.runtime.prompt.template import ChatTemplate
+from autoglm_edge.runtime.prompt.tokenizer import Tokenizer
 
 Checkpoints = Callable[..., Path]
 

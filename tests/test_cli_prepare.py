@@ -12,8 +12,8 @@ from click.testing import CliRunner, Result
 from autoglm_edge.cli_info import info
 from autoglm_edge.cli_prepare import prepare
 from autoglm_edge.runtime import plan as plan_module
-from autoglm_edge.runtime import prepared
-from autoglm_edge.runtime.integers import Integers
+from autoglm_edge.runtime.machine import prepared
+from autoglm_edge.runtime.machine.integers import Integers
 
 
 @pytest.fixture(autouse=True)

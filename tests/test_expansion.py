@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from autoglm_edge.quantize.formats import BlockFormat, dequantize_rows, quantize_rows
-from autoglm_edge.runtime.expansion import Blocks, expand, transpose_bytes
+from autoglm_edge.runtime.layerwise.expansion import Blocks, expand, transpose_bytes
 
 
 def expanded(

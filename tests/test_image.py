@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from autoglm_edge.errors import BundleError, ImageError
-from autoglm_edge.runtime import image as image_module
-from autoglm_edge.runtime.image import FORMATS, count_tokens, fit, fit_grid, load_image, patchify
+from autoglm_edge.runtime.prompt import image as image_module
+from autoglm_edge.runtime.prompt.image import FORMATS, count_tokens, fit, fit_grid, load_image, patchify
 
 
 def encoded(image: Image.Image, form: str = "PNG", **options: Any) -> bytes:

@@ -9,8 +9,14 @@ import onnx
 import onnxruntime as ort
 import pytest
 
-from autoglm_edge.runtime import integers as module
-from autoglm_edge.runtime.integers import Integers, cpu_flags, instruction_set, integers, product_graph
+from autoglm_edge.runtime.machine import integers as module
+from autoglm_edge.runtime.machine.integers import (
+    Integers,
+    cpu_flags,
+    instruction_set,
+    integers,
+    product_graph,
+)
 
 
 def test_the_graph_of_the_question_is_a_valid_product() -> None:

@@ -15,8 +15,8 @@ import pytest
 from autoglm_edge.errors import BundleError
 from autoglm_edge.runtime.bundle import Bundle
 from autoglm_edge.runtime.engine import Engine
-from autoglm_edge.runtime.layer_index import index_to_json, read_index
-from autoglm_edge.runtime.layers import Layers
+from autoglm_edge.runtime.layerwise.index import index_to_json, read_index
+from autoglm_edge.runtime.layerwise.layers import Layers
 from autoglm_edge.runtime.model import Model
 from autoglm_edge.runtime.plan import LAYERS_FROM_TOKENS, PREFILL_FROM_TOKENS
 from autoglm_edge.runtime.session import SessionOptions
@@ -76,7 +76,7 @@ def test_pieces_of_a_prompt_fill_the_cache_as_the_whole(model: Model) -> None:
 
 def test_several_runs_per_layer_are_one_prompt(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = filled(model, 96)
-    monkeypatch.setattr("autoglm_edge.runtime.layers.CHUNK", 16)
+    monkeypatch.setattr("autoglm_edge.runtime.layerwise.layers.CHUNK", 16)
 
     np.testing.assert_allclose(filled(model, 96), whole, rtol=0, atol=1e-2)
 

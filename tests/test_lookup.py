@@ -6,9 +6,9 @@ import random
 
 import pytest
 
-from autoglm_edge.runtime.features import FeatureCache
-from autoglm_edge.runtime.lookup import LONGEST, SHORTEST, Draft, NGramIndex
-from autoglm_edge.runtime.pace import BLOCK_COSTS, INTEGER_COSTS, MOST_TOKENS, PROBE_EVERY, Pace
+from autoglm_edge.runtime.reuse.features import FeatureCache
+from autoglm_edge.runtime.reuse.lookup import LONGEST, SHORTEST, Draft, NGramIndex
+from autoglm_edge.runtime.reuse.pace import BLOCK_COSTS, INTEGER_COSTS, MOST_TOKENS, PROBE_EVERY, Pace
 
 
 def ids_of(index: NGramIndex, most: int) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ from front_fixtures import picture
 from PIL import Image
 
 from autoglm_edge.errors import ImageError, PromptError
-from autoglm_edge.runtime.messages import ImagePart, Message, TextPart, read_messages
+from autoglm_edge.runtime.prompt.messages import ImagePart, Message, TextPart, read_messages
 
 
 def png() -> bytes:

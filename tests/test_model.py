@@ -13,11 +13,11 @@ from autoglm_edge.errors import BundleError, DeviceError, RequestError
 from autoglm_edge.runtime import model as model_module
 from autoglm_edge.runtime import plan as plan_module
 from autoglm_edge.runtime.bundle import Bundle
-from autoglm_edge.runtime.image import patchify
-from autoglm_edge.runtime.integers import Integers
+from autoglm_edge.runtime.machine.integers import Integers
 from autoglm_edge.runtime.manifest import Part
 from autoglm_edge.runtime.model import Model
 from autoglm_edge.runtime.plan import PREFILL_FROM_TOKENS, Machine, ModelPlan, plan_model
+from autoglm_edge.runtime.prompt.image import patchify
 from autoglm_edge.runtime.session import SessionOptions
 
 GOOD = Integers(exact=True, widened=True, unit="avx512_vnni")

@@ -229,7 +229,7 @@ def test_positions_of_packed_rows_are_those_of_the_runtime() -> None:
     from pocket_rows import RowMaker
     from pocket_tokenizer import TOKEN_IDS
 
-    from autoglm_edge.runtime.positions import image_positions
+    from autoglm_edge.runtime.prompt.positions import image_positions
 
     maker, grid = RowMaker(tokenizer), GRIDS[0]
     lesson = maker.lesson(grid, random.Random(3), 1.0, 300)

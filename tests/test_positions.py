@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autoglm_edge.errors import PromptError
-from autoglm_edge.runtime.positions import image_positions
+from autoglm_edge.runtime.prompt.positions import image_positions
 
 IMAGE, TEXT = 7, 1
 

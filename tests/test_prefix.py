@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from autoglm_edge.runtime.prefix import BLOCK_TOKENS, PrefixStore, cut
-from autoglm_edge.runtime.prefix_folder import BlockFolder
-from autoglm_edge.runtime.sequence import COLUMNS, shared_length
+from autoglm_edge.runtime.reuse.prefix import BLOCK_TOKENS, PrefixStore, cut
+from autoglm_edge.runtime.reuse.prefix_folder import BlockFolder
+from autoglm_edge.runtime.reuse.sequence import COLUMNS, shared_length
 
 SEED = b"seed"
 ROW_BYTES = 2 * 2 * 1 * 3 * 4

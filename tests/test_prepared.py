@@ -19,11 +19,10 @@ import pytest
 from make_checkpoint import Shape, make_checkpoint
 
 from autoglm_edge.errors import DeviceError
-from autoglm_edge.runtime import packing, prepared
 from autoglm_edge.runtime.bundle import Bundle
-from autoglm_edge.runtime.folders import cache_folder
-from autoglm_edge.runtime.model import Model
-from autoglm_edge.runtime.prepared import (
+from autoglm_edge.runtime.machine import packing, prepared
+from autoglm_edge.runtime.machine.folders import cache_folder
+from autoglm_edge.runtime.machine.prepared import (
     MARKER_NAME,
     LogTell,
     Origin,
@@ -33,6 +32,7 @@ from autoglm_edge.runtime.prepared import (
     remove_prepared,
     room_for,
 )
+from autoglm_edge.runtime.model import Model
 from autoglm_edge.runtime.session import SessionOptions
 
 OPTIONS = SessionOptions(threads=1)
@@ -325,7 +325,8 @@ def test_too_little_memory_to_pack_in_is_a_sentence(bundle: Bundle, monkeypatch:
 def test_a_disk_that_fills_up_while_they_are_written_leaves_nothing(bundle: Bundle, tmp_path: Path) -> None:
     # A limit on the size of files fails writes as a full disk does.
     code = (
-        "import resource, sys; from autoglm_edge.runtime import prepared, bundle, session\n"
+        "import resource, sys; from autoglm_edge.runtime import bundle, session\n"
+        "from autoglm_edge.runtime.machine import prepared\n"
         "from autoglm_edge.errors import EdgeError\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))\n"
         "try: prepared.prepare(bundle.Bundle.open(sys.argv[1]), 'decoder', session.SessionOptions(threads=1),"
@@ -364,7 +365,8 @@ def test_a_cache_folder_that_cannot_be_written_is_a_sentence(
 
 def test_two_processes_at_once_make_one_folder(bundle: Bundle) -> None:
     code = (
-        "import sys; from autoglm_edge.runtime import prepared, bundle, session\n"
+        "import sys; from autoglm_edge.runtime import bundle, session\n"
+        "from autoglm_edge.runtime.machine import prepared\n"
         "opened, options = bundle.Bundle.open(sys.argv[1]), session.SessionOptions(threads=1)\n"
         "print(prepared.prepare(opened, 'decoder', options, prepared.LogTell()))"
     )

@@ -17,11 +17,11 @@ from front_fixtures import (
 )
 
 from autoglm_edge.errors import BundleError, ContextLengthError, ImageError, PromptError
-from autoglm_edge.runtime import prompt as prompt_module
-from autoglm_edge.runtime.image import patchify
-from autoglm_edge.runtime.messages import Message, TextPart, read_messages
-from autoglm_edge.runtime.prompt import Prompt, build_prompt, prompt_from_ids, prompt_ids
-from autoglm_edge.runtime.template import ChatTemplate
+from autoglm_edge.runtime.prompt import build as prompt_module
+from autoglm_edge.runtime.prompt.build import Prompt, build_prompt, prompt_from_ids, prompt_ids
+from autoglm_edge.runtime.prompt.image import patchify
+from autoglm_edge.runtime.prompt.messages import Message, TextPart, read_messages
+from autoglm_edge.runtime.prompt.template import ChatTemplate
 
 IMAGE = spec(max_pixels=127008)
 TEMPLATE = ChatTemplate(GLM_TEMPLATE, {})

@@ -33,7 +33,7 @@ from autoglm_edge.quantize.formats import BlockFormat, dequantize_rows, quantize
 from autoglm_edge.quantize.recipe import Recipe
 from autoglm_edge.quantize.rule import Refinement, Rule
 from autoglm_edge.runtime.engine import Engine
-from autoglm_edge.runtime.image import PatchedImage
+from autoglm_edge.runtime.prompt.image import PatchedImage
 
 Checkpoints = Callable[..., Path]
 

@@ -13,14 +13,14 @@ import reuse_fixtures as fakes
 
 from autoglm_edge.errors import RequestError
 from autoglm_edge.runtime.answer import Clock
-from autoglm_edge.runtime.features import FeatureCache
 from autoglm_edge.runtime.generation import Drafter, generate
-from autoglm_edge.runtime.image import PatchedImage
-from autoglm_edge.runtime.pace import BLOCK_COSTS, Pace
-from autoglm_edge.runtime.prefix import PrefixStore
-from autoglm_edge.runtime.prefix_folder import BlockFolder
-from autoglm_edge.runtime.prompt import Prompt
-from autoglm_edge.runtime.reuse import Lookup
+from autoglm_edge.runtime.prompt.build import Prompt
+from autoglm_edge.runtime.prompt.image import PatchedImage
+from autoglm_edge.runtime.reuse.features import FeatureCache
+from autoglm_edge.runtime.reuse.options import Lookup
+from autoglm_edge.runtime.reuse.pace import BLOCK_COSTS, Pace
+from autoglm_edge.runtime.reuse.prefix import PrefixStore
+from autoglm_edge.runtime.reuse.prefix_folder import BlockFolder
 from autoglm_edge.runtime.runner import Runner, stable_length
 from autoglm_edge.runtime.sampling import Sampler, SamplingParams
 

@@ -11,6 +11,7 @@ import pytest
 
 from autoglm_edge.errors import BundleError, DeviceError
 from autoglm_edge.runtime.bundle import Bundle
+from autoglm_edge.runtime.machine.topology import usable_cores
 from autoglm_edge.runtime.model import Model
 from autoglm_edge.runtime.session import (
     MAPPED,
@@ -18,7 +19,6 @@ from autoglm_edge.runtime.session import (
     open_session,
     run_errors,
     session_settings,
-    usable_cores,
 )
 
 

@@ -8,8 +8,8 @@ import pytest
 from front_fixtures import GLM_TEMPLATE, POCKET, picture, reference_tokenizer
 
 from autoglm_edge.errors import BundleError, PromptError
-from autoglm_edge.runtime.messages import read_messages
-from autoglm_edge.runtime.template import ChatTemplate
+from autoglm_edge.runtime.prompt.messages import read_messages
+from autoglm_edge.runtime.prompt.template import ChatTemplate
 
 IMAGE_TOKENS = ("<|begin_of_image|>", "<|image|>", "<|end_of_image|>")
 PLACEHOLDER = "".join(IMAGE_TOKENS)

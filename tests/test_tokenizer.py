@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autoglm_edge.errors import BundleError, PromptError
-from autoglm_edge.runtime.tokenizer import StreamDecoder, Tokenizer
+from autoglm_edge.runtime.prompt.tokenizer import StreamDecoder, Tokenizer
 
 TEXTS = [
     "",

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from autoglm_edge.runtime.limits import Limits, anonymous_bytes, available_bytes, limits
-from autoglm_edge.runtime.topology import choose_threads, threads_of
+from autoglm_edge.runtime.machine.limits import Limits, anonymous_bytes, available_bytes, limits
+from autoglm_edge.runtime.machine.topology import choose_threads, threads_of
 
 CPU = "sys/devices/system/cpu"
 

@@ -116,7 +116,7 @@ def test_limits_follow_the_recipe_and_can_be_chosen(
 def test_swapped_position_axes_are_found(
     good: Path, reference: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from autoglm_edge.runtime import prompt
+    from autoglm_edge.runtime.prompt import build as prompt
 
     right = prompt.image_positions
 
@@ -133,7 +133,7 @@ def test_swapped_position_axes_are_found(
 
 
 def test_a_shifted_image_grid_is_found(good: Path, reference: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from autoglm_edge.runtime import prompt
+    from autoglm_edge.runtime.prompt import build as prompt
 
     right = prompt.image_positions
 
@@ -267,7 +267,7 @@ def flip(weight: np.ndarray, bit: int) -> np.ndarray:
 def test_an_image_that_is_one_row_short_is_found(
     good: Path, reference: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from autoglm_edge.runtime import image
+    from autoglm_edge.runtime.prompt import image
 
     right = image.fit
 
@@ -286,7 +286,7 @@ def test_an_image_that_is_one_row_short_is_found(
 
 
 def test_other_pixel_values_are_found(good: Path, reference: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from autoglm_edge.runtime.image import PatchedImage
+    from autoglm_edge.runtime.prompt.image import PatchedImage
 
     right = PatchedImage.pixel_values.fget
     assert right is not None

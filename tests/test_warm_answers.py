@@ -15,8 +15,8 @@ from autoglm_edge.errors import RequestError
 from autoglm_edge.runtime.answer import Clock
 from autoglm_edge.runtime.bundle import Bundle
 from autoglm_edge.runtime.engine import Engine
-from autoglm_edge.runtime.integers import integers
-from autoglm_edge.runtime.reuse import ReuseOptions
+from autoglm_edge.runtime.machine.integers import integers
+from autoglm_edge.runtime.reuse.options import ReuseOptions
 from autoglm_edge.runtime.session import SessionOptions
 
 

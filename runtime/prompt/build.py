@@ -23,9 +23,9 @@ from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
 from autoglm_edge.errors import BundleError, ContextLengthError, PromptError
+from autoglm_edge.runtime.manifest import ImageSpec, TokenSpec
 
 from .image import PatchedImage, count_tokens, fit_grid, load_image, patchify
-from .manifest import ImageSpec, TokenSpec
 from .messages import Message, TextPart
 from .positions import image_positions
 from .template import ChatTemplate, ImageLayout

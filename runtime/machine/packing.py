@@ -16,9 +16,9 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from autoglm_edge.errors import BundleError, DeviceError
+from autoglm_edge.runtime.manifest import Manifest
+from autoglm_edge.runtime.session import PROVIDERS, SessionOptions, open_session, session_settings
 
-from .manifest import Manifest
-from .session import PROVIDERS, SessionOptions, open_session, session_settings
 from .trial import trial
 
 LEAST_BYTES = (1 << 10, 1 << 20)

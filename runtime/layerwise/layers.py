@@ -11,7 +11,6 @@ and for 10,000: hence layer by layer and not, as elsewhere, chunk by chunk.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -21,12 +20,12 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from autoglm_edge.errors import BundleError
+from autoglm_edge.runtime.bundle import Bundle
+from autoglm_edge.runtime.cache import KVCache
+from autoglm_edge.runtime.session import Binding, SessionOptions, open_session, shrinking_run
 
-from .bundle import Bundle
-from .cache import KVCache
 from .expansion import expand
-from .layer_index import AGAIN, LayerWeights, cut_array, read_index
-from .session import Binding, SessionOptions, open_session
+from .index import AGAIN, LayerWeights, cut_array, read_index
 
 CHUNK = 512
 """Tokens per run: more of them leave the CPU's cache, and take longer each."""
@@ -62,15 +61,7 @@ class Layers:
             for vector in layer.vectors:
                 cut_array(self._data, vector.offset, (vector.length,), np.float32, vector.name)
         self._threads = options.thread_count
-        self._shrink = ort.RunOptions()
-        self._shrink.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
-
-    @property
-    def layer_bytes(self) -> int:
-        """Anonymous memory that the weights of a layer take while a prompt runs."""
-        return sum(
-            math.prod(shape) * (4 if len(shape) == 1 else 1) for shape in self._index[0].shapes.values()
-        )
+        self._shrink = shrinking_run()
 
     def prefill(
         self,

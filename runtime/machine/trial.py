@@ -12,7 +12,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from .manifest import Manifest
+from autoglm_edge.runtime.manifest import Manifest
 
 _TOKENS = 3
 

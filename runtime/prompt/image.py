@@ -34,8 +34,7 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from autoglm_edge.errors import BundleError, ImageError
-
-from .manifest import ImageSpec
+from autoglm_edge.runtime.manifest import ImageSpec
 
 # An 8K frame has 33 million pixels; decoded to RGB this limit costs 192 MB. Checked before decoding.
 MAX_SOURCE_PIXELS = 64_000_000

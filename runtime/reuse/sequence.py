@@ -18,9 +18,9 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from .cache import KVCache
-from .image import PatchedImage
-from .prompt import Prompt
+from autoglm_edge.runtime.cache import KVCache
+from autoglm_edge.runtime.prompt.build import Prompt
+from autoglm_edge.runtime.prompt.image import PatchedImage
 
 Keys = NDArray[np.int64]
 COLUMNS = 7

@@ -33,6 +33,16 @@ class Threads:
     reason: str
 
 
+def usable_cpus() -> list[int]:
+    """Numbers of the CPUs that this process may run on; empty where the system does not tell."""
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+
+
+def usable_cores() -> int:
+    """How many CPUs this process may run on."""
+    return len(usable_cpus()) or os.cpu_count() or 1
+
+
 def choose_threads(asked: int = 0, root: Path = Path("/")) -> Threads:
     """The number asked for, or else the one that fits the machine.
 
@@ -42,9 +52,9 @@ def choose_threads(asked: int = 0, root: Path = Path("/")) -> Threads:
     """
     if asked:
         return Threads(asked, "asked for")
-    usable = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    usable = usable_cpus()
     if not usable:
-        count = os.cpu_count() or 1
+        count = usable_cores()
         return Threads(count, f"{_cores(count)}, this system tells no more")
     return threads_of(usable, root)
 

@@ -40,13 +40,13 @@ from typing import Protocol
 import onnxruntime as ort
 
 from autoglm_edge.errors import BundleError, DeviceError
+from autoglm_edge.runtime.bundle import Bundle
+from autoglm_edge.runtime.session import SessionOptions
 
-from .bundle import Bundle
 from .folders import cache_folder
 from .integers import cpu_flags, instruction_set
 from .limits import anonymous_bytes, available_bytes
 from .packing import data_of, pack
-from .session import SessionOptions
 
 MARKER_NAME = "prepared.json"
 MARKER_VERSION = 1

@@ -1,0 +1,1 @@
+"""Messages and pictures become what the model sees: token ids, patches, positions."""
