@@ -88,9 +88,10 @@ def bench(
     Loading, prompts of several lengths, steps at several contexts, a screenshot at several sizes, and the
     memory of each phase, beside the machine's own limits, which are measured in the same run. Token ids are
     random and the graphs are called directly: a conversation adds template, sampling and, where it can,
-    reuse. Default sizes that the bundle does not allow are left out or made smaller, and said so; an empty
+    reuse. `autoglm info` shows what pictures cost afterwards. Default sizes that the bundle does not allow are left out or made smaller, and said so; an empty
     list leaves a kind out.
     """
+    from autoglm_edge.measure.costs import keep_costs
     from autoglm_edge.measure.plan import BenchPlan
     from autoglm_edge.measure.speed import bench as measure
     from autoglm_edge.runtime.bundle import Bundle
@@ -117,6 +118,8 @@ def bench(
         left_out=tuple(asked),
         say=lambda text: click.echo(text, err=True),
     )
+    if device == "cpu" and threads is None and weights == prompts == "auto":
+        keep_costs(report)  # of what `autoglm run` would do; `autoglm info` shows them
     click.echo(harmless(report.to_table()))
     if as_json:
         print_json(json.loads(report.to_json()))

@@ -1,8 +1,8 @@
 """`autoglm info`: what a bundle is, and whether it is intact.
 
 In: a bundle folder. Out: a table or a document on stdout: the manifest's facts, what follows from them, and
-how the bundle would run on this machine. A skin over `Bundle.open`, `Bundle.verify` and `plan_model`; loads
-no graph of the bundle.
+how the bundle would run on this machine. A skin over `Bundle.open`, `Bundle.verify`, `plan_model` and what a
+bench left; loads no graph of the bundle.
 """
 
 from __future__ import annotations
@@ -68,6 +68,7 @@ def info(bundle: Path, verify: bool, as_json: bool) -> None:
         print_json(
             {
                 **_document(opened.manifest),
+                **_costs(opened)[0],
                 **_plan(opened)[0],
                 "bundle": str(bundle),
                 "verified": True if verify else None,
@@ -96,6 +97,18 @@ def _tokens(screen: tuple[int, int], image: ImageSpec) -> int:
     fitted_height, fitted_width = fit(height, width, image)
     side = image.patch_size * image.merge_size
     return (fitted_height // side) * (fitted_width // side)
+
+
+def _costs(bundle: Bundle) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+    """What pictures cost here, as a document and as rows."""
+    from autoglm_edge.measure.costs import known_costs
+
+    costs = known_costs(bundle)
+    if costs is None:
+        return {"image_costs": None}, [("image cost", "not measured on this machine; run `autoglm bench`")]
+    when = f"measured here on {costs.date} by `autoglm bench`, {costs.threads} threads"
+    rows = [("image cost" if not number else "", str(cost)) for number, cost in enumerate(costs.images)]
+    return {"image_costs": costs.to_json()}, [*rows, ("", when)]
 
 
 def _plan(bundle: Bundle) -> tuple[dict[str, Any], list[tuple[str, str]]]:
@@ -153,6 +166,7 @@ def _print_table(bundle: Bundle) -> None:
         ),
         ("in all", f"{format_bytes(manifest.total_bytes)} in {len(manifest.files) + 1} files"),
     ]
+    rows += _costs(bundle)[1]
     rows += _plan(bundle)[1]
     rows += [(f"figure {name}", str(value)) for name, value in manifest.figures.items()]
     width = max(len(name) for name, _ in rows)

@@ -2,7 +2,7 @@
 
 In: the decoder's plan. Out: a graph of one layer with 8-bit matrices as inputs, and an index of the places in
 the decoder's data file that those are to be expanded from. Nothing is stored twice: both together are a few
-kilobytes. `runtime.layers` runs it. Knows nothing of weight values.
+kilobytes. `runtime.layerwise` runs it. Knows nothing of weight values.
 """
 
 from __future__ import annotations
