@@ -34,7 +34,8 @@ from autoglm_edge.export.progress import Progress, ProgressEvent, silent
 from autoglm_edge.parity.record import weights_sha256
 from autoglm_edge.parity.reference import Reference
 from autoglm_edge.quantize.allocation import Candidate, Group, allocate
-from autoglm_edge.quantize.recipe import Recipe, resolve
+from autoglm_edge.quantize.recipe import Recipe
+from autoglm_edge.quantize.recipe_reading import resolve
 from autoglm_edge.runtime.bundle import Bundle
 from autoglm_edge.runtime.session import Device, SessionOptions
 

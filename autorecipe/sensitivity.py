@@ -21,8 +21,9 @@ import numpy as np
 import PIL
 
 from autoglm_edge.errors import ParityError, RequestError
+from autoglm_edge.parity.case import Case
 from autoglm_edge.parity.metrics import Floats
-from autoglm_edge.parity.reference import Case, Reference
+from autoglm_edge.parity.reference import Reference
 from autoglm_edge.parity.rows import compare
 from autoglm_edge.parity.scoring import score_case
 from autoglm_edge.parity.validate import check_inputs

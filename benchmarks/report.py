@@ -1,9 +1,10 @@
 """Runs the benchmarks of the 9B and rewrites the tables of docs/benchmarks.md from their JSON.
 
-    python benchmarks/report.py --workspace /tmp/9b --peers-python /tmp/peers/bin/python    # everything:
-    hours python benchmarks/report.py --workspace /tmp/9b --run compare,agent_step                # these, and
-    the tables python benchmarks/report.py --tables                                                    # the
-    tables alone
+Everything, which takes hours; some of it; the tables alone:
+
+    python benchmarks/report.py --workspace /tmp/9b --peers-python /tmp/peers/bin/python
+    python benchmarks/report.py --workspace /tmp/9b --run compare,agent_step
+    python benchmarks/report.py --tables
 
 In: a workspace, in which checkpoint and bundles are made where they are missing. Out:
 benchmarks/results/*.json, plots under docs/, and the page. A figure stands on the page if and only if it is

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from .case import Case
 from .metrics import PerplexityChange, Share, Spread, common_prefix, cosine, perplexity_change, rms
-from .reference import Case
 from .rows import Differences, Rows, compare
 from .taps import ActionFigures, ActionOutcome, compare_actions
 

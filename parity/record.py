@@ -25,8 +25,9 @@ from autoglm_edge.runtime.prompt.messages import ImagePart, Message, TextPart, r
 from autoglm_edge.runtime.prompt.template import ChatTemplate, ImageLayout
 from autoglm_edge.runtime.prompt.tokenizer import FILE_NAME, Tokenizer
 
+from .case import Case, Fingerprint, patches_sha256, sample_rows
 from .prompts import DEFAULT_SEED, PROMPT_SETS, Question, make_prompts
-from .reference import Case, Fingerprint, Reference, patches_sha256, sample_rows, write_reference
+from .reference import Reference, write_reference
 from .rows import Rows, reduce_logits
 from .torch_model import Baseline, Device, Dtype, TorchModel
 

@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .case import Fingerprint
 from .comparison import Comparison
 from .limits import Criterion
 from .metrics import Share, Spread
-from .reference import Fingerprint
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from PIL import Image
 
 from autoglm_edge.runtime.engine import Engine
 
-from .reference import Case
+from .case import Case
 from .rows import Rows, reduce_logits
 
 

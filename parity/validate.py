@@ -25,9 +25,10 @@ from autoglm_edge.runtime.prompt.build import Prompt
 from autoglm_edge.runtime.reuse.options import ReuseOptions
 from autoglm_edge.runtime.session import Device, Prefill, SessionOptions
 
+from .case import Case, patches_sha256
 from .comparison import Collector, Comparison, Observed, without_end
 from .limits import LIMITS, Criterion, Limits, at_least, at_most, limits_for, share_at_least, share_at_most
-from .reference import Case, Reference, patches_sha256
+from .reference import Reference
 from .report import InputFault, Report, Subject
 from .scoring import score_case
 

@@ -9,7 +9,8 @@ from .channels import (
 )
 from .formats import BlockFormat, Quantized, dequantize_rows, quantize_rows
 from .gptq import GptqFactor, factor, gptq_rows
-from .recipe import PRESETS, Recipe, Rule, read_recipe, resolve
+from .recipe import PRESETS, Recipe, Rule
+from .recipe_reading import read_recipe, resolve
 from .refine import search_rows
 from .rule import Refinement
 

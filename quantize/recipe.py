@@ -1,7 +1,7 @@
 """Recipes: which checkpoint tensor gets which number format.
 
-In: a preset's name or a TOML file. Out: a `Recipe`, asked tensor by tensor. Knows the tensor names of the
-AutoGLM-Phone family and nothing of shapes, files or graphs.
+In: rules; files of them are read by `recipe_reading.py`. Out: a `Recipe`, asked tensor by tensor, and the
+presets. Knows the tensor names of the AutoGLM-Phone family and nothing of shapes, files or graphs.
 
 A recipe is an ordered list of rules; the first rule whose pattern matches a tensor's name decides, and a
 tensor that no rule matches stays float. Some tensors stay float whatever the rules say (`ALWAYS_FLOAT`): they
@@ -13,11 +13,9 @@ serves checkpoints of every depth; `Recipe.for_layers` turns that into layer num
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, cast, get_args
 
@@ -31,10 +29,8 @@ from .rule_reading import (
     DEFAULT_BLOCK_SIZE,
     DEFAULT_SYMMETRIC,
     exact_keys,
-    known_keys,
     of_type,
     rule_from_json,
-    rule_from_toml,
 )
 
 Activations = Literal["float32", "float16"]
@@ -49,8 +45,6 @@ ALWAYS_FLOAT = ("*.bias", "*norm*", "model.visual.patch_embed.*", "model.visual.
 
 FLOAT_PRESETS = {"float32": "fp32", "float16": "fp16"}
 """Preset that keeps everything float, by its activations."""
-
-FILE_KEYS = ("name", "base", "activations", "accuracy_level", "balance", "prefill", "rule")
 
 
 @dataclass(frozen=True)
@@ -170,7 +164,7 @@ class Recipe:
             bits = min(form.bits for form in formats)
             _refuse_for_channels(self, bits, block_size=block_size, symmetric=symmetric)
             if accuracy_level is not None:
-                _check_level(self)
+                check_level(self)
             rules = tuple(_changed(rule, bits, block_size, symmetric, refine) for rule in rules)
         else:
             _refuse_for_floats(
@@ -273,66 +267,6 @@ class Recipe:
         )
 
 
-def read_recipe(path: str | Path) -> Recipe:
-    """Read a recipe from a TOML file; docs/quantization.md shows one.
-
-    Raises:
-        QuantError: the file cannot be read, is not TOML, has an unknown key, or a value that is not allowed.
-    """
-    path = Path(path)
-    try:
-        with path.open("rb") as file:
-            document = tomllib.load(file)
-    except OSError as error:
-        raise QuantError(f"the recipe {path} cannot be read: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:  # not TOML, not UTF-8, or nested without end
-        raise QuantError(f"the recipe {path} is not TOML: {error}") from error
-    where = str(path)
-    known_keys(document, FILE_KEYS, where)
-    base = None
-    if "base" in document:
-        base = _preset(of_type(document, "base", str, where), f'{where}: base = "{document["base"]}"')
-    activations = base.activations if base else "float32"
-    if "activations" in document:
-        activations = cast(Activations, of_type(document, "activations", str, where))
-    level = of_type(document, "accuracy_level", int, where) if "accuracy_level" in document else 4
-    tables = of_type(document, "rule", list, where) if "rule" in document else []
-    if not tables and base is None:
-        raise QuantError(
-            f"{where} has neither a [[rule]] nor a base, so it would quantize nothing; use precision fp32"
-        )
-    rules = tuple(
-        rule_from_toml(table, activations, f"{where}: rule {n}") for n, table in enumerate(tables, 1)
-    )
-    if base and activations == "float16":
-        base = base if all(rule.format is None for rule in base.rules) else base.with_(activations="float16")
-    balance = base.balance if base else any(rule.format is not None for rule in rules)
-    recipe = Recipe(
-        name=of_type(document, "name", str, where) if "name" in document else path.stem,
-        activations=activations,
-        accuracy_level=base.accuracy_level if base and "accuracy_level" not in document else level,
-        rules=rules + (base.rules if base else ()),
-        balance=of_type(document, "balance", bool, where) if "balance" in document else balance,
-        prefill=cast(Prefill, of_type(document, "prefill", str, where)) if "prefill" in document else "none",
-    )
-    if "accuracy_level" in document:
-        _check_level(recipe)
-    return recipe
-
-
-def resolve(name_or_path: str | Path) -> Recipe:
-    """The preset of this name, or the recipe in this file.
-
-    Raises:
-        QuantError: neither a preset nor a readable recipe.
-    """
-    if isinstance(name_or_path, str) and name_or_path in PRESETS:
-        return PRESETS[name_or_path]
-    if str(name_or_path).endswith(".toml") or Path(name_or_path).is_file():
-        return read_recipe(name_or_path)
-    return _preset(str(name_or_path), f"recipe {str(name_or_path)!r}")
-
-
 def _always_float(name: str) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in ALWAYS_FLOAT)
 
@@ -374,7 +308,7 @@ def _refuse_for_channels(recipe: Recipe, bits: int, **changes: object) -> None:
         )
 
 
-def _check_level(recipe: Recipe) -> None:
+def check_level(recipe: Recipe) -> None:
     """Refuse an accuracy level that no product reads; the embedding is looked up."""
     if all(rule.format is None for rule in recipe.rules):
         _refuse_for_floats(recipe, accuracy_level=recipe.accuracy_level)
@@ -388,12 +322,6 @@ def _check_level(recipe: Recipe) -> None:
 def _in_blocks(rule: Rule) -> Rule:
     """The rule with blocks in place of channels, as the preset int8-blocks has them."""
     return replace(rule, format=INT8) if isinstance(rule.format, ChannelFormat) else rule
-
-
-def _preset(name: str, where: str) -> Recipe:
-    if name not in PRESETS:
-        raise QuantError(f"{where} is unknown, must be one of {', '.join(PRESETS)}, or a .toml file")
-    return PRESETS[name]
 
 
 def _changed(

@@ -30,7 +30,8 @@ from autoglm_edge.parity.record import record
 from autoglm_edge.parity.reference import Reference
 from autoglm_edge.parity.validate import validate
 from autoglm_edge.quantize.formats import BlockFormat
-from autoglm_edge.quantize.recipe import PRESETS, Recipe, read_recipe, resolve
+from autoglm_edge.quantize.recipe import PRESETS, Recipe
+from autoglm_edge.quantize.recipe_reading import read_recipe, resolve
 from autoglm_edge.quantize.rule import Refinement, Rule
 from autoglm_edge.runtime.bundle import Bundle
 

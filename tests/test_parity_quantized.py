@@ -25,7 +25,8 @@ from autoglm_edge.export.options import ExportOptions
 from autoglm_edge.export.pipeline import prepare
 from autoglm_edge.quantize.channels import ChannelFormat, dequantize_channels, quantize_channels
 from autoglm_edge.quantize.formats import BlockFormat, dequantize_rows, quantize_rows
-from autoglm_edge.quantize.recipe import Recipe, Rule, resolve
+from autoglm_edge.quantize.recipe import Recipe, Rule
+from autoglm_edge.quantize.recipe_reading import resolve
 
 CASES = [
     ("int4", 32, False),

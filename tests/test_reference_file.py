@@ -20,16 +20,10 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from autoglm_edge.errors import EdgeError, ImageError, ParityError, PromptError, RequestError
+from autoglm_edge.parity.case import FEATURE_ROWS, Case, Fingerprint, sample_rows
 from autoglm_edge.parity.prompts import make_prompts, read_prompts
 from autoglm_edge.parity.record import record
-from autoglm_edge.parity.reference import (
-    FEATURE_ROWS,
-    Case,
-    Fingerprint,
-    Reference,
-    sample_rows,
-    write_reference,
-)
+from autoglm_edge.parity.reference import Reference, write_reference
 from autoglm_edge.parity.rows import reduce_logits
 from autoglm_edge.runtime.manifest import ImageSpec
 
