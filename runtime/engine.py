@@ -253,15 +253,45 @@ class Engine:
             logit_bias=logit_bias or {},
             seed=seed,
         )
-        if max_tokens is not None and not (_is_whole(max_tokens) and max_tokens >= 1):
-            raise RequestError(f"max_tokens is {max_tokens!r}, must be an integer of at least 1")
+        _check_max_tokens(max_tokens)
+        prompt = self.prompt(messages, max_tokens=max_tokens or 1)
+        return self.answer(prompt, params, max_tokens=max_tokens, stop=stop, cancel=cancel, clock=clock)
+
+    def answer(
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        *,
+        max_tokens: int | None = None,
+        stop: str | Sequence[str] | None = (),
+        cancel: threading.Event | None = None,
+        clock: Clock | None = None,
+    ) -> Iterator[Delta]:
+        """Answer a prompt that was made before, by `prompt` or otherwise; as `chat` in all else.
+
+        Args:
+            prompt: leaves room for `max_tokens` in the context.
+            params: how tokens are chosen.
+            max_tokens: answer tokens at most; default what the context has left.
+            stop: strings that end the answer and are not part of it.
+            cancel: checked before each image and each decoder run.
+            clock: started when the request came; default now.
+
+        Raises:
+            RequestError: an option is wrong, or the engine is closed. From the first step: the engine is
+                giving another answer.
+            ContextLengthError: prompt and answer do not fit.
+        """
+        self._check_open()
+        _check_max_tokens(max_tokens)
         if cancel is not None and not callable(getattr(cancel, "is_set", None)):
             raise RequestError(f"cancel is {cancel!r}, must be an event such as threading.Event()")
+        if len(prompt.ids) + (max_tokens or 1) > self.context:
+            raise ContextLengthError(len(prompt.ids), max_tokens or 1, self.context)
         stops = StopText((*GUARD_STOPS, *read_stops(stop)))
-        prompt = self.prompt(messages, max_tokens=max_tokens or 1)
         sampler = Sampler(params, vocab=self.tokenizer.vocab_size, prompt_ids=prompt.ids)
         budget = max_tokens or self.context - len(prompt.ids)
-        return self._answer(prompt, sampler, stops, budget, Cancel(cancel), clock)
+        return self._answer(prompt, sampler, stops, budget, Cancel(cancel), clock or Clock())
 
     def score(
         self,
@@ -389,6 +419,11 @@ class Engine:
             yield
         finally:
             self._busy.release()
+
+
+def _check_max_tokens(max_tokens: int | None) -> None:
+    if max_tokens is not None and not (_is_whole(max_tokens) and max_tokens >= 1):
+        raise RequestError(f"max_tokens is {max_tokens!r}, must be an integer of at least 1")
 
 
 def _is_whole(value: object) -> bool:

@@ -24,9 +24,9 @@ PREPARE_FROM_BYTES = 1_000_000_000
 """Least weights of a decoder that are prepared without being asked for: smaller ones pack in a second."""
 PREFILL_FROM_TOKENS = 32
 """Shortest piece of a prompt for the prefill graph: it reads twice the decoder's bytes, so few do not pay."""
-LAYERS_FROM_TOKENS = 640
-"""Shortest prompt that is read layer by layer: expanding takes the time that is saved on some 600 tokens, by
-the rates in benchmarks/results/compare.json."""
+LAYERS_FROM_TOKENS = 384
+"""Shortest prompt that is read layer by layer: expanding takes the time that is saved on some hundred tokens;
+compare `autoglm bench --prompts layers` with `--prompts decoder`."""
 PREFILL_CHUNK = 512
 """Tokens per run of a prefill; bounds its activations."""
 LAYERS_CHUNK = 4096
