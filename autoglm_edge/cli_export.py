@@ -1,7 +1,7 @@
 """`autoglm export` and `autoglm-export`: a skin over `autoglm_edge.export` and `autoglm_edge.estimate`.
 
-In: the command line. Out: a bundle folder; its path and sizes on stdout, progress on stderr. Knows nothing
-of how an export works.
+In: the command line. Out: a bundle folder, and on request a folder for Android apps; their paths and sizes on
+stdout, progress on stderr. Knows nothing of how an export works.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import click
+from click.core import ParameterSource
 
 from autoglm_edge.cli_common import (
     EdgeCommand,
@@ -26,14 +27,18 @@ from autoglm_edge.cli_common import (
 )
 
 if TYPE_CHECKING:
+    from autoglm_edge.export.android import AndroidApp
+    from autoglm_edge.export.kv import KV
     from autoglm_edge.export.progress import ProgressEvent
     from autoglm_edge.quantize.recipe import Prefill, Recipe
     from autoglm_edge.quantize.rule import Refinement
 
 POCKET = "pocket"
 AUTO = "auto"
+APP_SUFFIX = "-android"
+"""Of the folder that --android lays out, behind the bundle's name."""
 _EXPORT_PACKAGES = ("onnx", "onnx_ir", "onnxscript", "safetensors", "ml_dtypes", "huggingface_hub")
-_BYTES_STAGES = {"weights": "Weights", "hash": "Checking"}
+_BYTES_STAGES = {"weights": "Weights", "hash": "Checking", "copy": "Copying"}
 _NOTED_STAGES = ("calibration", "measure")
 
 
@@ -41,7 +46,7 @@ _NOTED_STAGES = ("calibration", "measure")
     cls=EdgeCommand,
     epilog=examples(
         "autoglm export --int4 -o pocket-int4",
-        "autoglm export zai-org/AutoGLM-Phone-9B --int8 --max-image-tokens 1482 -o phone-int8",
+        "autoglm export zai-org/AutoGLM-Phone-9B --int8 --max-image-tokens 1482 --android -o phone-int8",
     ),
 )
 @click.argument("model", required=False)
@@ -78,6 +83,13 @@ _NOTED_STAGES = ("calibration", "measure")
     type=click.Choice(["none", "int8"]),
     help="Add the decoder's layers in 8 bits once more, to read prompts faster.",
 )
+@click.option(
+    "--kv",
+    type=click.Choice(["float", "int8"]),
+    default="float",
+    show_default=True,
+    help="Number type of the KV cache; int8 takes a quarter of float32.",
+)
 @click.option("--activations", type=click.Choice(["float32", "float16"]), help="Number type between layers.")
 @click.option(
     "--accuracy-level", type=click.Choice(["0", "4"]), help="4 multiplies in 8-bit integers, 0 in floats."
@@ -103,6 +115,11 @@ _NOTED_STAGES = ("calibration", "measure")
     type=click.Path(path_type=Path, file_okay=False),
     help="For --recipe auto: keeps measurements. [default: OUTPUT.auto]",
 )
+@click.option(
+    "--android",
+    is_flag=True,
+    help="Lay out a folder for Android apps, too: OUTPUT-android. MODEL may be a bundle.",
+)
 @click.option("--revision", help="Branch, tag or commit of a hub checkpoint.")
 @click.option("--estimate", is_flag=True, help="Say what would be written and needed, and write nothing.")
 @click.option("--resume", is_flag=True, help="Go on with an interrupted export; fail if there is none.")
@@ -121,12 +138,14 @@ def export(
     refine: Refinement | None,
     calibration: Path | None,
     prefill: Prefill | None,
+    kv: KV,
     activations: Literal["float32", "float16"] | None,
     accuracy_level: str | None,
     max_image_tokens: int | None,
     budget_gb: float | None,
     reference: Path | None,
     workspace: Path | None,
+    android: bool,
     revision: str | None,
     estimate: bool,
     resume: bool,
@@ -139,6 +158,9 @@ def export(
     taken. The bundle appears in one step when it is complete, and an export that was interrupted goes on
     where it stopped when the same command is run again.
 
+    With `--android` the bundle is checked against the operators of a release of onnxruntime-android, and a
+    folder is laid out that an app can take. If MODEL is a bundle already, that is all that is done.
+
     With `--recipe auto` the bits of each group of tensors are chosen by measuring what it costs to have
     fewer, for the least loss within a size.
     """
@@ -147,14 +169,25 @@ def export(
         raise click.UsageError(f"choose one of {', '.join('--' + name for name in chosen)}")
     if chosen and recipe is not None:
         raise click.UsageError(f"choose --{chosen[0]} or --recipe, not both")
+    if android and estimate:
+        raise click.UsageError("--android lays out what an export wrote, so it cannot be estimated")
+    from autoglm_edge.runtime.manifest import MANIFEST_NAME
+
+    if model is not None and (Path(model) / MANIFEST_NAME).is_file():
+        if not android:
+            raise click.UsageError(f"{model} is a bundle already; --android lays it out for an app")
+        _refuse_changes()
+        _show_app(_lay_out(Path(model), Path(output or f"{model.rstrip('/')}{APP_SUFFIX}"), force), as_json)
+        return
     _check_auto(recipe, {"--budget-gb": budget_gb, "--reference": reference}, workspace, estimate)
     if recipe == AUTO and calibration is not None and refine != "gptq":
         raise click.UsageError(f"--calibration means something to --recipe {AUTO} with --refine gptq only")
-    if recipe == AUTO and prefill == "int8":
-        raise click.UsageError(
-            f"--recipe {AUTO} keeps a budget that --prefill int8 is no part of; export the recipe that it "
-            "writes with --prefill int8"
-        )
+    for option, value in (("--prefill", prefill), ("--kv", kv)):
+        if recipe == AUTO and value == "int8":
+            raise click.UsageError(
+                f"--recipe {AUTO} keeps a budget that {option} int8 is no part of; export the recipe that it "
+                f"writes with {option} int8"
+            )
     precision = chosen[0] if chosen else "int4"
     if model is None:
         click.echo(f"No MODEL given: taking {POCKET}, the small model that comes with this package", err=True)
@@ -173,6 +206,7 @@ def export(
         "precision": precision,
         "recipe": recipe,
         "calibration": calibration,
+        "kv": kv,
         "max_image_tokens": max_image_tokens,
         "revision": revision,
         "resume": resume,
@@ -181,6 +215,10 @@ def export(
     with needs_extra("export", _EXPORT_PACKAGES, "an export"):
         from autoglm_edge.export import pipeline
     progress = ProgressLine()
+    if android:
+        from autoglm_edge.export.android import check_app_output
+
+        check_app_output(Path(f"{place}{APP_SUFFIX}"), place, force=force)
     if estimate:
         report = pipeline.estimate(model, place, **options, **changes)
         click.echo(report.to_table())
@@ -211,6 +249,9 @@ def export(
     progress.say(
         f"Done in {seconds:.0f} s; ask it with: autoglm run {shlex.quote(str(place))} --image SCREENSHOT TASK"
     )
+    app = _lay_out(place, Path(f"{place}{APP_SUFFIX}"), force) if android else None
+    if app is not None:
+        _show_app(app, as_json=False)
     if as_json:
         print_json(
             {
@@ -221,7 +262,52 @@ def export(
                 "weight_bytes": {name: part.weight_bytes for name, part in manifest.parts.items()},
                 "seconds": round(seconds, 3),
             }
+            | ({} if app is None else {"android": _app_document(app)})
         )
+
+
+def _refuse_changes() -> None:
+    """A bundle is laid out as it is: options that would change it are refused, not ignored."""
+    context = click.get_current_context()
+    kept = {"model", "output", "android", "force", "as_json"}
+    for option in context.command.params:
+        source = context.get_parameter_source(option.name or "")
+        if option.name not in kept and source is ParameterSource.COMMANDLINE:
+            raise click.UsageError(f"MODEL is a bundle, which {option.opts[0]} cannot change; leave it out")
+
+
+def _lay_out(bundle: Path, output: Path, force: bool) -> AndroidApp:
+    """The app folder of a bundle."""
+    with needs_extra("export", _EXPORT_PACKAGES, "an app folder"):
+        from autoglm_edge.export.android import lay_out_android
+    from autoglm_edge.runtime.bundle import Bundle
+
+    progress = ProgressLine()
+    try:
+        opened = Bundle.open(bundle)
+        return lay_out_android(opened, output, force=force, progress=lambda event: _show(progress, event))
+    finally:
+        progress.close()
+
+
+def _show_app(app: AndroidApp, as_json: bool) -> None:
+    """What was laid out."""
+    click.echo(
+        f"{'android':10} {format_bytes(app.model_bytes):>10}  {app.path} "
+        f"({app.operators} kinds of operators, all in onnxruntime-android {app.onnxruntime})"
+    )
+    if as_json:
+        print_json({"android": _app_document(app)})
+
+
+def _app_document(app: AndroidApp) -> dict[str, Any]:
+    return {
+        "path": str(app.path),
+        "onnxruntime_android": app.onnxruntime,
+        "model_bytes": app.model_bytes,
+        "linked": app.linked,
+        "operators": app.operators,
+    }
 
 
 def default_output(model: str | None, recipe: str) -> str:
@@ -261,7 +347,8 @@ def _auto_recipe(
 ) -> Recipe:
     """Measure and choose. Changes of formats are made to the lowest level, other changes to all."""
     from autoglm_edge.autorecipe.search import DEFAULT_LEVELS, AutoOptions, auto_recipe
-    from autoglm_edge.quantize.recipe import Recipe, resolve
+    from autoglm_edge.quantize.recipe import Recipe
+    from autoglm_edge.quantize.recipe_reading import resolve
 
     everywhere = {key: changes[key] for key in ("activations", "accuracy_level")}
     defaults: Sequence[Recipe | str] = DEFAULT_LEVELS

@@ -22,7 +22,7 @@ vision tower, in float32:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 
 from autoglm_edge.errors import ExportError
 
-from .calibration_set import CalibrationSet
+from .calibration_set import CalibrationSet, Sample
 from .config import ModelConfig
 from .gram import Gram
 from .probe import Floats, Probe
@@ -116,27 +116,13 @@ def _decoder(
     if not last:
         return
     states = _embed(store, config, samples, tower.features())  # (T, C) each
-    empty = np.zeros((1, text.kv_heads, 0, text.head_dim), np.float32)
     probe = Probe(plan_layer(config))
     for index, stem in enumerate(stems[:last]):
         tell(f"calibrating layer {index + 1} of {text.layers}")
         weights = probe.read_weights(store, "layer.", stem)
-        sums = _Sums(probe, wanted, "layer.", stem)
+        sums = Sums(probe, wanted, "layer.", stem)
         for sample, x in zip(samples.samples, states, strict=True):
-            key, value = empty, empty
-            for start in range(0, len(x), CHUNK):
-                part = slice(start, min(start + CHUNK, len(x)))
-                feeds: dict[str, NDArray[Any]] = {
-                    "x": x[None, part],
-                    "attention_mask": np.ones((1, part.stop), np.int64),
-                    "position_ids": np.ascontiguousarray(sample.positions[:, None, part]),
-                    "past.key": key,
-                    "past.value": value,
-                }
-                fetches = ["y", "present.key", "present.value", *sums.outputs]
-                y, key, value, *inputs = probe.run(weights, feeds, fetches)
-                sums.add(inputs)
-                x[part] = y[0]
+            run_layer(probe, weights, config, sample, x, sums)
         del weights  # a layer's weights are not in memory while its matrices are rounded
         if counts[index]:
             yield sums.hand_over()
@@ -148,6 +134,53 @@ def _decoder(
         for x in states:
             gram.add(norm.run(weights, {"x": x[None]}, ["y"])[0][0])
         yield {HEAD: gram}
+
+
+def first_states(
+    store: Rows, config: ModelConfig, samples: CalibrationSet, tell: Callable[[str], None]
+) -> list[Floats]:
+    """What the first decoder layer is given: hidden states (T, C) of each sample, pictures looked at."""
+    return _embed(store, config, samples, _Tower(store, config, samples, tell).features())
+
+
+def run_layer(
+    probe: Probe,
+    weights: Mapping[str, Floats],
+    config: ModelConfig,
+    sample: Sample,
+    x: Floats,
+    sums: Sums | None = None,
+) -> tuple[Floats, Floats]:
+    """Run one sample through a decoder layer, CHUNK tokens at a time.
+
+    Args:
+        probe: of `plan_layer`.
+        weights: of the layer.
+        config: of the checkpoint.
+        sample: its positions are used.
+        x: (T, C) hidden states, replaced by those after the layer.
+        sums: told of the inputs of matrices.
+
+    Returns:
+        Keys, rotated, and values: (1, K, T, D) each.
+    """
+    text = config.text
+    key = value = np.zeros((1, text.kv_heads, 0, text.head_dim), np.float32)
+    for start in range(0, len(x), CHUNK):
+        part = slice(start, min(start + CHUNK, len(x)))
+        feeds: dict[str, NDArray[Any]] = {
+            "x": x[None, part],
+            "attention_mask": np.ones((1, part.stop), np.int64),
+            "position_ids": np.ascontiguousarray(sample.positions[:, None, part]),
+            "past.key": key,
+            "past.value": value,
+        }
+        fetches = ["y", "present.key", "present.value", *(sums.outputs if sums else ())]
+        y, key, value, *inputs = probe.run(weights, feeds, fetches)
+        if sums:
+            sums.add(inputs)
+        x[part] = y[0]
+    return key, value
 
 
 def _embed(
@@ -207,7 +240,7 @@ class _Tower:
                 self._tell(f"calibrating vision block {index + 1} of {depth}")
             stem = f"{VISION}.blocks.{index}."
             weights = probe.read_weights(self._store, "block.", stem)
-            sums = _Sums(probe, wanted, "block.", stem)
+            sums = Sums(probe, wanted, "block.", stem)
             for state in states:
                 state["x"], *inputs = probe.run(weights, state, ["y", *sums.outputs])
                 sums.add(inputs)
@@ -221,7 +254,7 @@ class _Tower:
             self._tell("calibrating the top of the vision tower")
         probe = Probe(plan_top(self._config))
         weights = probe.read_weights(self._store)
-        sums = _Sums(probe, wanted)
+        sums = Sums(probe, wanted)
         for state in states:
             found, *inputs = probe.run(weights, {"x": state["x"]}, ["image_features", *sums.outputs])
             sums.add(inputs)
@@ -245,7 +278,7 @@ class _Tower:
         return states
 
 
-class _Sums:
+class Sums:
     """The Gram matrices of one layer, one for each distinct input that is wanted.
 
     Attributes:

@@ -62,7 +62,7 @@ Weights by part: {parts}.
 ## Memory
 
 Besides the weights, each token in the context takes {kv_bytes:,} bytes of KV cache: {kv_4k} at 4,096
-tokens, {kv_full} at the full {context:,}.
+tokens, {kv_full} at the full {context:,}.{kv}
 
 ## Figures
 
@@ -103,6 +103,7 @@ def model_card(
     licence: str | None = None,
     figures: Mapping[str, Any] | None = None,
     calibration: Calibration | None = None,
+    kv_calibration: Calibration | None = None,
 ) -> str:
     """Write the card.
 
@@ -118,6 +119,7 @@ def model_card(
         licence: identifier that the checkpoint's own card gives, if it gives one.
         figures: of the manifest, once measured.
         calibration: of the manifest.
+        kv_calibration: of the manifest.
     """
     context = config.text.context_length
     pixels = image.max_pixels / image.temporal_patch_size
@@ -136,6 +138,7 @@ def model_card(
         kv_bytes=kv_bytes_per_token,
         kv_4k=readable(4096 * kv_bytes_per_token),
         kv_full=readable(context * kv_bytes_per_token),
+        kv="" if kv_calibration is None else _held_in_bytes(kv_calibration),
         context=context,
         figures=_figures(figures or {}),
         image_tokens=image.max_tokens,
@@ -186,6 +189,13 @@ def _calibrated(calibration: Calibration) -> str:
     return (
         f"\n\nGPTQ rounded for what the layers see on {calibration.prompts:,} prompts, "
         f"{calibration.tokens:,} tokens."
+    )
+
+
+def _held_in_bytes(calibration: Calibration) -> str:
+    return (
+        " The cache is in 8-bit integers, with\nscales per layer, head and channel that were measured on "
+        f"{calibration.prompts:,} prompts, {calibration.tokens:,} tokens."
     )
 
 

@@ -34,8 +34,10 @@ from .card import CARD_NAME, model_card
 from .checkpoint import Checkpoint, ModelConfig
 from .files import CONFIG_NAME, PREPROCESSOR_NAME, json_object
 from .genai import GENAI_DECODER_NAME, GENAI_NAME, genai_config, genai_decoder, to_bytes
+from .kv import KV
+from .kv_scales import MARGIN, ScaledRows, Scales
 from .layer import LAYER_GRAPH, LAYER_INDEX, LayerPlan
-from .plan import IR_DTYPES, ITEM_BYTES, PartPlan, data_file
+from .plan import IR_DTYPES, ITEM_BYTES, Dtype, PartPlan, data_file
 from .processor import with_pixel_budget
 from .shapes import expected_tensors
 from .writer import Rows
@@ -59,6 +61,7 @@ class Job:
         max_image_tokens: the budget that was asked for; None keeps the checkpoint's own.
         calibration: what weights are rounded for; None if none of them needs it.
         layer: one layer's graph and where the weights of all lie, where that is of use.
+        kv_calibration: what the scales of an int8 cache are measured on; None for a cache of floats.
     """
 
     checkpoint: Checkpoint
@@ -69,6 +72,28 @@ class Job:
     max_image_tokens: int | None
     calibration: CalibrationSet | None = None
     layer: LayerPlan | None = None
+    kv_calibration: CalibrationSet | None = None
+
+    @property
+    def kv(self) -> KV:
+        """What the cache holds."""
+        return "float" if self.kv_calibration is None else "int8"
+
+    @property
+    def kv_dtype(self) -> Dtype:
+        """Of the cache."""
+        return self.recipe.activations if self.kv == "float" else "int8"
+
+    def rows(self, scales: Scales | None = None) -> Rows:
+        """All that the writer reads: the store, and scales of the cache among its tensors.
+
+        Args:
+            scales: measured; None where only shapes are asked for.
+        """
+        if self.kv == "float":
+            return self.store
+        text = self.config.text
+        return ScaledRows(self.store, text.kv_heads * text.head_dim, scales or {})
 
     @property
     def weight_count(self) -> int:
@@ -84,19 +109,20 @@ class Job:
     def kv_bytes_per_token(self) -> int:
         """Bytes that one token adds to the KV cache: keys and values of every layer."""
         text = self.config.text
-        return 2 * text.layers * text.kv_heads * text.head_dim * ITEM_BYTES[self.recipe.activations]
+        return 2 * text.layers * text.kv_heads * text.head_dim * ITEM_BYTES[self.kv_dtype]
 
     def fingerprint(self) -> str:
         """SHA-256 over all that decides which bytes land where in the data files; equal for equal exports."""
         document = {
             "created_by": created_by(),
             "numpy": version("numpy"),
-            "onnxruntime": version("onnxruntime") if self.calibration else None,
+            "onnxruntime": version("onnxruntime") if self.calibration or self.kv_calibration else None,
             "weights": self.checkpoint.tensors.fingerprint(),
             "config": self.config.config_sha256,
             "max_image_tokens": self.max_image_tokens,
             "recipe": self.recipe.to_json(),
             "calibration": self.calibration.sha256 if self.calibration else None,
+            "kv_calibration": [self.kv_calibration.sha256, MARGIN] if self.kv_calibration else None,
             "layout": [
                 [plan.name, plan.data_bytes, [repr(weight) for weight in plan.weights]] for plan in self.plans
             ],
@@ -179,6 +205,7 @@ def small_files(job: Job) -> dict[str, bytes]:
         parts=parts(job),
         sizes=sizes,
         calibration=job.calibration.description if job.calibration else None,
+        kv_calibration=job.kv_calibration.description if job.kv_calibration else None,
         licence=licence_of(job.checkpoint.path),
     )
     files[CARD_NAME] = card.encode()
@@ -228,12 +255,13 @@ def build_manifest(job: Job, files: Mapping[str, tuple[int, str]]) -> Manifest:
         tokens=config.tokens,
         recipe=job.recipe.to_json(),
         activations=job.recipe.activations,
-        kv_dtype=job.recipe.activations,
+        kv_dtype=job.kv_dtype,
         kv_bytes_per_token=job.kv_bytes_per_token,
         parts=parts(job),
         generation=dict(config.generation),
         files=tuple(FileEntry(name, size, digest) for name, (size, digest) in sorted(files.items())),
         calibration=job.calibration.description if job.calibration else None,
+        kv_calibration=job.kv_calibration.description if job.kv_calibration else None,
     )
 
 

@@ -35,6 +35,7 @@ from .balance import largest, scan_bytes
 from .calibration_cost import calibration_bytes, calibration_operations
 from .card import readable
 from .contents import Job, build_manifest, small_files
+from .kv_scales import kv_bytes, kv_operations
 from .links import channel_links
 from .plan import PartPlan, Weight
 from .shapes import expected_tensors
@@ -84,6 +85,9 @@ class Estimate:
         refinement: the most that is done for any weight: "none", "search" or "gptq".
         calibration_prompts: that are run through the float model for it; 0 without gptq.
         calibration_tokens: of all of them.
+        kv_dtype: what the KV cache holds: "float32", "float16" or "int8".
+        kv_calibration_prompts: that are run through the float model for the scales of an int8 cache.
+        kv_calibration_tokens: of all of them.
         weights_mapped_bytes: at run time, clean pages that the system can drop and read again.
         weights_copied_bytes: at run time on a CPU, at most: weights that onnxruntime copies into an order of
             its own when it loads them; these cannot be dropped.
@@ -108,6 +112,9 @@ class Estimate:
     refinement: Refinement
     calibration_prompts: int
     calibration_tokens: int
+    kv_dtype: str
+    kv_calibration_prompts: int
+    kv_calibration_tokens: int
     weights_mapped_bytes: int
     weights_copied_bytes: int
     kv_bytes_per_token: int
@@ -139,7 +146,7 @@ class Estimate:
             *self._refined(),
             ("weights in use", f"{readable(self.weights_mapped_bytes)} mapped"),
             ("", f"up to {readable(self.weights_copied_bytes)} copied by onnxruntime's CPU kernels"),
-            ("KV cache", f"{readable(self.kv_bytes_per_token)} per token"),
+            ("KV cache", f"{self.kv_dtype}, {readable(self.kv_bytes_per_token)} per token"),
         ]
         if self.context_length > SHORT_CONTEXT:
             rows.append(("", f"{readable(self.kv_bytes_at_4096)} at {SHORT_CONTEXT:,} tokens"))
@@ -149,12 +156,18 @@ class Estimate:
 
     def _refined(self) -> list[tuple[str, str]]:
         """What the time goes into, if into more than rounding."""
-        if self.refinement == "none":
-            return []
+        rows = []
         if self.refinement == "search":
-            return [("", "a search for the scales included")]
-        prompts = f"{self.calibration_prompts:,} prompts"
-        return [("", f"calibration on {prompts}, {self.calibration_tokens:,} tokens, included")]
+            rows.append(("", "a search for the scales included"))
+        elif self.refinement == "gptq":
+            prompts = f"{self.calibration_prompts:,} prompts"
+            rows.append(("", f"calibration on {prompts}, {self.calibration_tokens:,} tokens, included"))
+        if self.kv_calibration_prompts:
+            prompts = f"{self.kv_calibration_prompts:,} prompts"
+            rows.append(
+                ("", f"scales of the cache on {prompts}, {self.kv_calibration_tokens:,} tokens, included")
+            )
+        return rows
 
 
 def estimate_job(job: Job, output: Path) -> Estimate:
@@ -176,13 +189,16 @@ def estimate_job(job: Job, output: Path) -> Estimate:
     missing_bytes = max(0, total_bytes + MARGIN_BYTES - Staging(output).allocated_bytes)
     workers = usable_cores()
     tensors = job.checkpoint.tensors
-    working = max(in_flight_bytes(plan, tensors, workers) for plan in job.plans)
+    rows = job.rows()
+    working = max(in_flight_bytes(plan, rows, workers) for plan in job.plans)
     if job.recipe.balance:
         working += scan_bytes(workers)
     samples, calibrated = job.calibration, _calibrated(job)
     calibrating = calibration_bytes(job.config, samples, calibrated) if samples else 0
+    if job.kv_calibration is not None:
+        calibrating = max(calibrating, kv_bytes(job.config, job.kv_calibration))
     refinements = [weight.refine for plan in job.plans for weight in plan.weights]
-    kv = job.kv_bytes_per_token
+    kv, measured = job.kv_bytes_per_token, job.kv_calibration
     context = job.config.text.context_length
     return Estimate(
         model=job.config.source,
@@ -203,6 +219,9 @@ def estimate_job(job: Job, output: Path) -> Estimate:
         refinement=max(refinements, key=REFINEMENTS.index),
         calibration_prompts=len(samples.samples) if samples else 0,
         calibration_tokens=samples.tokens if samples else 0,
+        kv_dtype=job.kv_dtype,
+        kv_calibration_prompts=len(measured.samples) if measured else 0,
+        kv_calibration_tokens=measured.tokens if measured else 0,
         weights_mapped_bytes=job.data_bytes,
         weights_copied_bytes=sum(_copied_bytes(plan) for plan in job.plans),
         kv_bytes_per_token=kv,
@@ -229,6 +248,8 @@ def expected_seconds(job: Job, workers: int) -> float:
     if job.calibration is not None:
         operations = calibration_operations(job.config, job.calibration, _calibrated(job))
         seconds += operations / operations_per_second()
+    if job.kv_calibration is not None:
+        seconds += kv_operations(job.config, job.kv_calibration) / operations_per_second()
     return seconds + job.data_bytes / hashed_per_second()
 
 

@@ -17,6 +17,7 @@ from autoglm_edge.quantize.recipe import Recipe, Rule
 from autoglm_edge.runtime.layerwise.index import LayerWeights, Matrix, Vector
 
 from .config import ModelConfig
+from .kv import KV
 from .plan import PartPlan, Weight
 from .text import STEM, plan_layer
 
@@ -39,13 +40,16 @@ class LayerPlan:
     layers: tuple[LayerWeights, ...]
 
 
-def plan_open_layer(config: ModelConfig, recipe: Recipe, decoder: PartPlan) -> LayerPlan | None:
+def plan_open_layer(
+    config: ModelConfig, recipe: Recipe, decoder: PartPlan, kv: KV = "float"
+) -> LayerPlan | None:
     """Plan it, where it is of use: all matrices of the layers are in blocks, some of 4 bits.
 
     Args:
         config: of the checkpoint.
         recipe: of the bundle. Where it wants float activations, nothing may round them.
         decoder: laid out.
+        kv: what the cache holds.
     """
     if recipe.activations != "float32" or recipe.accuracy_level != 4:
         return None
@@ -56,7 +60,7 @@ def plan_open_layer(config: ModelConfig, recipe: Recipe, decoder: PartPlan) -> L
         return None
     if not any(isinstance(form, BlockFormat) and form.field_bits == 4 for form in formats):
         return None
-    plan = plan_layer(config, _INTEGERS)
+    plan = plan_layer(config, _INTEGERS, kv)
     layers = []
     for number in range(config.text.layers):
         stem = f"{STEM}.layers.{number}."

@@ -10,8 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from autoglm_edge.errors import ExportError
-from autoglm_edge.quantize.recipe import Activations, Prefill, Recipe, resolve
+from autoglm_edge.quantize.recipe import Activations, Prefill, Recipe
+from autoglm_edge.quantize.recipe_reading import resolve
 from autoglm_edge.quantize.rule import Refinement
+
+from .kv import KV, KVS
 
 
 @dataclass(frozen=True)
@@ -23,8 +26,9 @@ class ExportOptions:
         max_image_tokens: most tokens per image; None keeps the checkpoint's budget.
         resume: go on with an interrupted export, and fail if there is none.
         force: start over, and replace a bundle that is there.
-        calibration: prompts that weights are rounded for, where the recipe asks for it; None takes those that
-            come with the package.
+        calibration: prompts that weights are rounded for, where the recipe asks for it, and that the scales
+            of an int8 cache are measured on; None takes those that come with the package.
+        kv: what the KV cache holds: "float", the dtype of the activations, or "int8".
     """
 
     recipe: Recipe
@@ -32,14 +36,18 @@ class ExportOptions:
     resume: bool = False
     force: bool = False
     calibration: Path | None = None
+    kv: KV = "float"
 
     def __post_init__(self) -> None:
+        if self.kv not in KVS:
+            raise ExportError(f"kv is {self.kv!r}, must be {' or '.join(KVS)}")
         if self.max_image_tokens is not None and self.max_image_tokens < 1:
             raise ExportError(f"max_image_tokens is {self.max_image_tokens}, must be at least 1")
-        if self.calibration is not None and not any(rule.refine == "gptq" for rule in self.recipe.rules):
+        uses = self.kv == "int8" or any(rule.refine == "gptq" for rule in self.recipe.rules)
+        if self.calibration is not None and not uses:
             raise ExportError(
                 f"recipe {self.recipe.name} refines nothing by gptq, so the calibration set "
-                f"{self.calibration} would have no effect; leave it out, or add --refine gptq"
+                f"{self.calibration} would have no effect; leave it out, or add --refine gptq or --kv int8"
             )
 
     @classmethod
@@ -56,6 +64,7 @@ class ExportOptions:
         refine: Refinement | None = None,
         prefill: Prefill | None = None,
         calibration: str | Path | None = None,
+        kv: KV = "float",
         resume: bool = False,
         force: bool = False,
     ) -> ExportOptions:
@@ -75,4 +84,4 @@ class ExportOptions:
             prefill=prefill,
         )
         path = None if calibration is None else Path(calibration).expanduser()
-        return cls(changed, max_image_tokens, resume, force, path)
+        return cls(changed, max_image_tokens, resume, force, path, kv)

@@ -33,6 +33,8 @@ from .checkpoint import Checkpoint
 from .contents import Job, build_manifest, small_files
 from .forecast import Estimate, estimate_job
 from .journal import Entries, Journal, read_journal
+from .kv import KV
+from .kv_scales import Scales, find_scales, is_scale
 from .options import ExportOptions
 from .plan import PartPlan, Weight
 from .preparation import prepare
@@ -69,6 +71,7 @@ def export(
     refine: Refinement | None = None,
     prefill: Prefill | None = None,
     calibration: str | Path | None = None,
+    kv: KV = "float",
     resume: bool = False,
     force: bool = False,
     progress: Progress | None = None,
@@ -95,6 +98,8 @@ def export(
             place of the recipe's own.
         calibration: JSON Lines file of prompts that gptq rounds for; see docs/export.md. None takes the set
             that comes with the package, if the recipe asks for gptq anywhere.
+        kv: what the KV cache of the bundle holds: "float", numbers of the activations' type, or "int8", bytes
+            with scales that are measured on the first calibration prompts; see docs/export.md.
         resume: insist on continuing an interrupted export. With `force`, that export may replace a bundle.
         force: discard an interrupted export and replace the bundle at `output`; the old one stays until the
             new one is complete.
@@ -119,6 +124,7 @@ def export(
         refine=refine,
         prefill=prefill,
         calibration=calibration,
+        kv=kv,
         resume=resume,
         force=force,
     )
@@ -149,6 +155,7 @@ def estimate(
     refine: Refinement | None = None,
     prefill: Prefill | None = None,
     calibration: str | Path | None = None,
+    kv: KV = "float",
     resume: bool = False,
     force: bool = False,
     progress: Progress | None = None,
@@ -170,6 +177,7 @@ def estimate(
         refine=refine,
         prefill=prefill,
         calibration=calibration,
+        kv=kv,
         resume=resume,
         force=force,
     )
@@ -315,6 +323,7 @@ def _write_weights(
     done = 0
     on_disk = {plan.name: entries.finished.get(plan.name, set()) if entries else set() for plan in job.plans}
     quantizer = RecipeQuantizer(_calibration(job, on_disk, tell))
+    rows = job.rows(_scales(job, on_disk, tell))
     for plan in job.plans:
         finished = on_disk[plan.name]
         done += sum(weight.size_bytes for weight in plan.weights if weight.pieces[0].name in finished)
@@ -326,7 +335,7 @@ def _write_weights(
 
         write_part(
             plan,
-            job.store,
+            rows,
             staging.bundle / plan.data_file,
             quantizer=quantizer,
             finished=finished,
@@ -350,6 +359,25 @@ def _calibration(job: Job, on_disk: Mapping[str, set[str]], tell: Progress) -> C
         job.config,
         job.calibration,
         wanted,
+        lambda detail: tell(ProgressEvent("calibration", detail, 0, 0)),
+    )
+
+
+def _scales(job: Job, on_disk: Mapping[str, set[str]], tell: Progress) -> Scales | None:
+    """Scales of an int8 cache, if any of them is still to be written."""
+    if job.kv_calibration is None:
+        return None
+    missing = any(
+        is_scale(weight.name) and weight.name not in on_disk[plan.name]
+        for plan in job.plans
+        for weight in plan.weights
+    )
+    if not missing:
+        return None
+    return find_scales(
+        job.store,
+        job.config,
+        job.kv_calibration,
         lambda detail: tell(ProgressEvent("calibration", detail, 0, 0)),
     )
 

@@ -17,6 +17,7 @@ from .calibration_set import CalibrationSet, built_in_set, read_calibration
 from .checkpoint import Checkpoint, ModelConfig
 from .contents import Job
 from .embedding import plan_embedding
+from .kv_scales import KV_TOKENS
 from .layer import plan_open_layer
 from .links import channel_links
 from .options import ExportOptions
@@ -42,19 +43,33 @@ def prepare(checkpoint: Checkpoint, options: ExportOptions) -> Job:
     config = replace(config, image=image_budget(config, options.max_image_tokens))
     recipe = options.recipe.for_layers(decoder=config.text.layers, vision=config.vision.depth)
     recipe.check_names((*expected, HEAD))  # a tied head is stored by the rules for heads
-    decoder = plan_decoder(config, recipe)
+    decoder = plan_decoder(config, recipe, options.kv)
     plans = [decoder, plan_embedding(config, recipe), plan_vision(config, recipe)]
     if recipe.prefill != "none":
-        plans.append(plan_prefill(config, recipe, decoder))
-    for plan in plans:
-        for weight in plan.weights:
-            source_matrix(weight, checkpoint.tensors.shape(weight.source))
+        plans.append(plan_prefill(config, recipe, decoder, options.kv))
     store: Rows = checkpoint.tensors
     if recipe.balance:
         store = Balanced(store, channel_links(config), recipe.activations)
-    samples = _calibration_set(checkpoint, config, plans, options)
-    layer = plan_open_layer(config, recipe, decoder)
-    return Job(checkpoint, config, recipe, tuple(plans), store, options.max_image_tokens, samples, layer)
+    measured = None
+    if options.kv == "int8":
+        path = options.calibration or built_in_set()
+        measured = read_calibration(path, checkpoint, config, max_tokens=KV_TOKENS)
+    job = Job(
+        checkpoint,
+        config,
+        recipe,
+        tuple(plans),
+        store,
+        options.max_image_tokens,
+        _calibration_set(checkpoint, config, plans, options),
+        plan_open_layer(config, recipe, decoder, options.kv),
+        measured,
+    )
+    rows = job.rows()
+    for plan in plans:
+        for weight in plan.weights:
+            source_matrix(weight, rows.shape(weight.source))
+    return job
 
 
 def _calibration_set(

@@ -3,7 +3,7 @@
     inputs_embeds        (B, T, C)       activations dtype
     attention_mask       (B, S) int64    1 for tokens that are there; padding on the right only
     position_ids         (3, B, T) int64 time, height, width
-    past_key_values.N.*  (B, K, P, D)
+    past_key_values.N.*  (B, K, P, D)    activations dtype, or int8 (kv.py)
     num_logits_to_keep   int64 scalar, optional, default 1: last positions to score; 0 means all
     → logits (B, n, V) float32, present.N.* (B, K, S, D)
 
@@ -28,8 +28,8 @@ from onnxscript._internal.builder import OpBuilder
 from autoglm_edge.quantize.recipe import PRESETS, Recipe
 
 from .checkpoint import ModelConfig, TextConfig
+from .kv import KV, FloatCache, Int8Cache, Lengths, Reading, count_rows
 from .nn import (
-    CONTRIB,
     IR_DTYPES,
     Linear,
     Outputs,
@@ -52,20 +52,44 @@ class Step:
     Attributes:
         cos: (B, T, rotary / 2).
         sin: (B, T, rotary / 2).
-        last_index: (B,) int32, index of the last real token of each row.
-        total: int32, S.
+        lengths: of the sequences.
     """
 
     cos: ir.Value
     sin: ir.Value
-    last_index: ir.Value
-    total: ir.Value
+    lengths: Lengths
+
+
+@dataclass(frozen=True)
+class CacheForm:
+    """What a graph's cache holds, and how it is read.
+
+    Attributes:
+        kv: "float" or "int8".
+        reading: of a cache in integers.
+    """
+
+    kv: KV = "float"
+    reading: Reading = "floats"
+
+    def build(self, book: WeightBook, stem: str, text: TextConfig) -> FloatCache | Int8Cache:
+        """The cache of one attention."""
+        if self.kv == "float":
+            return FloatCache(text)
+        return Int8Cache(book, f"{stem}.cache", text, self.reading)
+
+    def dtype(self, activations: ir.DataType) -> ir.DataType:
+        """Of past and present."""
+        return activations if self.kv == "float" else ir.DataType.INT8
+
+
+FLOATS = CacheForm()
 
 
 class Attention(nn.Module):
     """Grouped-query attention; partial, interleaved, three-axis rotary embedding; keys are cached rotated."""
 
-    def __init__(self, book: WeightBook, stem: str, text: TextConfig) -> None:
+    def __init__(self, book: WeightBook, stem: str, text: TextConfig, form: CacheForm) -> None:
         super().__init__()
         self.text = text
         query, key = text.heads * text.head_dim, text.kv_heads * text.head_dim
@@ -73,6 +97,7 @@ class Attention(nn.Module):
         self.k_proj = Linear(book, f"{stem}.k_proj", text.hidden, key, bias=text.attention_bias)
         self.v_proj = Linear(book, f"{stem}.v_proj", text.hidden, key, bias=text.attention_bias)
         self.o_proj = Linear(book, f"{stem}.o_proj", query, text.hidden)
+        self.cache = form.build(book, stem, text)
 
     def forward(
         self, op: OpBuilder, x: ir.Value, step: Step, past: tuple[ir.Value, ir.Value]
@@ -81,30 +106,27 @@ class Attention(nn.Module):
         q = _rotate(op, self.q_proj(op, x), step, self.text, self.text.heads)
         k = _rotate(op, self.k_proj(op, x), step, self.text, self.text.kv_heads)
         v = self.v_proj(op, x)
-        y, key, value = _attend(op, q, k, v, step, past, self.text, self.text.heads)
+        y, key, value = self.cache(op, q, k, v, step.lengths, past)
         return self.o_proj(op, y), key, value
 
 
 class KeysAndValues(nn.Module):
     """The part of an attention that fills the cache."""
 
-    def __init__(self, book: WeightBook, stem: str, text: TextConfig) -> None:
+    def __init__(self, book: WeightBook, stem: str, text: TextConfig, form: CacheForm) -> None:
         super().__init__()
         self.text = text
         key = text.kv_heads * text.head_dim
         self.k_proj = Linear(book, f"{stem}.k_proj", text.hidden, key, bias=text.attention_bias)
         self.v_proj = Linear(book, f"{stem}.v_proj", text.hidden, key, bias=text.attention_bias)
+        self.cache = form.build(book, stem, text)
 
     def forward(
         self, op: OpBuilder, x: ir.Value, step: Step, past: tuple[ir.Value, ir.Value]
     ) -> tuple[ir.Value, ir.Value]:
-        """(B, T, C) -> present key, present value.
-
-        The operator that appends to the cache also attends; with the keys as queries that is a few heads, and
-        nobody reads what comes out.
-        """
+        """(B, T, C) -> present key, present value."""
         k = _rotate(op, self.k_proj(op, x), step, self.text, self.text.kv_heads)
-        _, key, value = _attend(op, k, k, self.v_proj(op, x), step, past, self.text, self.text.kv_heads)
+        _, key, value = self.cache(op, None, k, self.v_proj(op, x), step.lengths, past)
         return key, value
 
 
@@ -129,11 +151,11 @@ class Layer(nn.Module):
     is fused with the norm that follows it.
     """
 
-    def __init__(self, book: WeightBook, stem: str, text: TextConfig) -> None:
+    def __init__(self, book: WeightBook, stem: str, text: TextConfig, form: CacheForm = FLOATS) -> None:
         super().__init__()
         width, eps = text.hidden, text.norm_eps
         self.input_layernorm = RMSNorm(book, f"{stem}.input_layernorm", width, eps)
-        self.self_attn = Attention(book, f"{stem}.self_attn", text)
+        self.self_attn = Attention(book, f"{stem}.self_attn", text, form)
         self.post_self_attn_layernorm = RMSNorm(book, f"{stem}.post_self_attn_layernorm", width, eps)
         self.post_attention_layernorm = RMSNorm(book, f"{stem}.post_attention_layernorm", width, eps)
         self.mlp = Mlp(book, f"{stem}.mlp", text)
@@ -173,10 +195,10 @@ class Layer(nn.Module):
 class LastLayer(nn.Module):
     """What a prompt needs of the last layer: its keys and values."""
 
-    def __init__(self, book: WeightBook, stem: str, text: TextConfig) -> None:
+    def __init__(self, book: WeightBook, stem: str, text: TextConfig, form: CacheForm) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(book, f"{stem}.input_layernorm", text.hidden, text.norm_eps)
-        self.self_attn = KeysAndValues(book, f"{stem}.self_attn", text)
+        self.self_attn = KeysAndValues(book, f"{stem}.self_attn", text, form)
 
     def forward(
         self,
@@ -198,11 +220,11 @@ class LastLayer(nn.Module):
 class CacheFiller(nn.Module):
     """All layers, as far as the cache needs them."""
 
-    def __init__(self, book: WeightBook, text: TextConfig) -> None:
+    def __init__(self, book: WeightBook, text: TextConfig, form: CacheForm) -> None:
         super().__init__()
         stems = [f"{STEM}.layers.{i}" for i in range(text.layers)]
-        layers: list[nn.Module] = [Layer(book, stem, text) for stem in stems[:-1]]
-        self.layers = nn.ModuleList([*layers, LastLayer(book, stems[-1], text)])
+        layers: list[nn.Module] = [Layer(book, stem, text, form) for stem in stems[:-1]]
+        self.layers = nn.ModuleList([*layers, LastLayer(book, stems[-1], text, form)])
 
     def forward(
         self, op: OpBuilder, x: ir.Value, step: Step, past: list[tuple[ir.Value, ir.Value]]
@@ -219,9 +241,10 @@ class CacheFiller(nn.Module):
 class LanguageModel(nn.Module):
     """All layers and the final norm."""
 
-    def __init__(self, book: WeightBook, text: TextConfig) -> None:
+    def __init__(self, book: WeightBook, text: TextConfig, form: CacheForm) -> None:
         super().__init__()
-        self.layers = nn.ModuleList([Layer(book, f"{STEM}.layers.{i}", text) for i in range(text.layers)])
+        stems = [f"{STEM}.layers.{i}" for i in range(text.layers)]
+        self.layers = nn.ModuleList([Layer(book, stem, text, form) for stem in stems])
         self.norm = RMSNorm(book, f"{STEM}.norm", text.hidden, text.norm_eps)
 
     def forward(
@@ -248,11 +271,18 @@ class _Model(nn.Module):
         return self.language_model(op, *args)
 
 
-def plan_decoder(config: ModelConfig, recipe: Recipe) -> PartPlan:
-    """Graph and weight plan of the decoder with its head."""
+def plan_decoder(config: ModelConfig, recipe: Recipe, kv: KV = "float") -> PartPlan:
+    """Graph and weight plan of the decoder with its head.
+
+    Args:
+        config: of the checkpoint.
+        recipe: of the bundle.
+        kv: what the cache holds. In float16 it is read in integers only: that is what CUDA has for it.
+    """
     text = config.text
     book = WeightBook(recipe)
-    model = _Model(LanguageModel(book, text))
+    form = CacheForm(kv, "either" if book.dtype == "float32" else "integers")
+    model = _Model(LanguageModel(book, text, form))
     tied = f"{STEM}.embed_tokens.weight" if text.tied_head else None
     head = Linear(book, "lm_head", text.hidden, text.vocab, source=tied)
     head._set_name("lm_head")
@@ -267,67 +297,70 @@ def plan_decoder(config: ModelConfig, recipe: Recipe) -> PartPlan:
             const_value=ir.tensor(np.array(1, np.int64), name="num_logits_to_keep"),
         )
         keep = op.Neg(op.Reshape(wanted, [1]))
-        step = _step(op, mask, positions, text, dtype)
+        step = _step(op, mask, positions, text, dtype, form)
         h, present = model(op, embeds, step, _pairs(flat), keep)
         logits = head(op, h)
         if dtype != ir.DataType.FLOAT:
             logits = op.Cast(logits, to=ir.DataType.FLOAT)
         outputs: Outputs = [("logits", logits, ir.DataType.FLOAT, ["batch", "scored", text.vocab])]
-        return outputs + _present(present, text, dtype)
+        return outputs + _present(present, text, form.dtype(dtype))
 
-    return build_part("decoder", book, _inputs(text, dtype), trace)
+    return build_part("decoder", book, _inputs(text, dtype, form.dtype(dtype)), trace)
 
 
-def plan_prefill(config: ModelConfig, recipe: Recipe, decoder: PartPlan) -> PartPlan:
+def plan_prefill(config: ModelConfig, recipe: Recipe, decoder: PartPlan, kv: KV = "float") -> PartPlan:
     """Graph and weight plan of the layers in their second form, which fills the cache.
 
     Args:
         config: of the checkpoint.
         recipe: of the bundle.
-        decoder: whose data file is read for what both have in common: norms, biases, float matrices.
+        decoder: whose data file is read for what both have in common: norms, biases, float matrices, scales
+            of the cache.
+        kv: what the cache holds.
     """
     text = config.text
     book = WeightBook(recipe.for_prefill())
-    model = _Model(CacheFiller(book, text))
-    dtype = IR_DTYPES[book.dtype]
+    dtype, form = IR_DTYPES[book.dtype], CacheForm(kv)
+    model = _Model(CacheFiller(book, text, form))
 
     def trace(builder: GraphBuilder, op: OpBuilder, values: list[ir.Value]) -> Outputs:
         embeds, mask, positions, *flat = values
-        step = _step(op, mask, positions, text, dtype)
-        return _present(model(op, embeds, step, _pairs(flat)), text, dtype)
+        step = _step(op, mask, positions, text, dtype, form)
+        return _present(model(op, embeds, step, _pairs(flat)), text, form.dtype(dtype))
 
-    return build_part("prefill", book, _inputs(text, dtype), trace, lender=decoder)
+    return build_part("prefill", book, _inputs(text, dtype, form.dtype(dtype)), trace, lender=decoder)
 
 
-def plan_layer(config: ModelConfig, recipe: Recipe = PRESETS["fp32"]) -> PartPlan:
+def plan_layer(config: ModelConfig, recipe: Recipe = PRESETS["fp32"], kv: KV = "float") -> PartPlan:
     """One decoder layer by itself, with weights called `layer.*`; the stream is one float32 tensor.
 
     x (B, T, C), attention_mask (B, S), position_ids (3, B, T), past.key and past.value (B, K, P, D)
     → y (B, T, C), present.key and present.value (B, K, S, D)
     """
     text, dtype = config.text, ir.DataType.FLOAT
-    book = WeightBook(recipe)
-    layer = Layer(book, "layer", text)
+    book, form = WeightBook(recipe), CacheForm(kv)
+    layer = Layer(book, "layer", text, form)
     layer._set_name("layer")
+    held = form.dtype(dtype)
     cached: Sequence[int | str] = ["batch", text.kv_heads, "past", text.head_dim]
     inputs: Signature = [
         ("x", dtype, ["batch", "tokens", text.hidden]),
         ("attention_mask", ir.DataType.INT64, ["batch", "total"]),
         ("position_ids", ir.DataType.INT64, [3, "batch", "tokens"]),
-        ("past.key", dtype, cached),
-        ("past.value", dtype, cached),
+        ("past.key", held, cached),
+        ("past.value", held, cached),
     ]
 
     def trace(builder: GraphBuilder, op: OpBuilder, values: list[ir.Value]) -> Outputs:
         x, mask, positions, *past = values
-        step = _step(op, mask, positions, text, dtype)
+        step = _step(op, mask, positions, text, dtype, form)
         branch, residual, present = layer(op, None, x, step, tuple(past), None)
         y = op.Add(branch, residual)
         grown: Sequence[int | str] = ["batch", text.kv_heads, "cached", text.head_dim]
         return [
             ("y", y, dtype, ["batch", "tokens", text.hidden]),
-            ("present.key", present[0], dtype, grown),
-            ("present.value", present[1], dtype, grown),
+            ("present.key", present[0], held, grown),
+            ("present.value", present[1], held, grown),
         ]
 
     return build_part("layer", book, inputs, trace)
@@ -347,14 +380,14 @@ def plan_norm(config: ModelConfig) -> PartPlan:
     return build_part("norm", book, [("x", dtype, shape)], trace)
 
 
-def _inputs(text: TextConfig, dtype: ir.DataType) -> Signature:
+def _inputs(text: TextConfig, dtype: ir.DataType, held: ir.DataType) -> Signature:
     """Inputs of all layers in a row: hidden states, mask, positions, cache."""
     past: Sequence[int | str] = ["batch", text.kv_heads, "past", text.head_dim]
     return [
         ("inputs_embeds", dtype, ["batch", "tokens", text.hidden]),
         ("attention_mask", ir.DataType.INT64, ["batch", "total"]),
         ("position_ids", ir.DataType.INT64, [3, "batch", "tokens"]),
-        *((f"past_key_values.{name}", dtype, past) for name in _cache_names(text)),
+        *((f"past_key_values.{name}", held, past) for name in _cache_names(text)),
     ]
 
 
@@ -383,34 +416,14 @@ def _rotate(op: OpBuilder, x: ir.Value, step: Step, text: TextConfig, heads: int
     )
 
 
-def _attend(
+def _step(
     op: OpBuilder,
-    q: ir.Value,
-    k: ir.Value,
-    v: ir.Value,
-    step: Step,
-    past: tuple[ir.Value, ir.Value],
+    mask: ir.Value,
+    positions: ir.Value,
     text: TextConfig,
-    heads: int,
-) -> tuple[ir.Value, ir.Value, ir.Value]:
-    """Append rotated keys and values to the cache, and attend with `heads` queries."""
-    y, key, value = op.GroupQueryAttention(
-        q,
-        k,
-        v,
-        *past,
-        step.last_index,
-        step.total,
-        num_heads=heads,
-        kv_num_heads=text.kv_heads,
-        scale=text.head_dim**-0.5,
-        _outputs=3,
-        **CONTRIB,
-    )
-    return y, key, value
-
-
-def _step(op: OpBuilder, mask: ir.Value, positions: ir.Value, text: TextConfig, dtype: ir.DataType) -> Step:
+    dtype: ir.DataType,
+    form: CacheForm,
+) -> Step:
     """Rotary angles and lengths.
 
     Pair j of a head turns by position[axis of j] * theta ** (-2j / rotary); `mrope_section` says how many
@@ -434,7 +447,8 @@ def _step(op: OpBuilder, mask: ir.Value, positions: ir.Value, text: TextConfig, 
         cos, sin = op.Cast(cos, to=dtype), op.Cast(sin, to=dtype)
     last_index = op.Cast(op.Sub(op.ReduceSum(mask, [1], keepdims=0), 1), to=ir.DataType.INT32)
     total = op.Cast(op.Shape(mask, start=1, end=2), to=ir.DataType.INT32)
-    return Step(cos, sin, last_index, total)
+    rows = None if form.kv == "float" else count_rows(op, mask, positions, form.reading)
+    return Step(cos, sin, Lengths(last_index, total, rows))
 
 
 def _last(op: OpBuilder, x: ir.Value, start: ir.Value) -> ir.Value:

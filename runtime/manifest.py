@@ -22,6 +22,9 @@ from autoglm_edge.errors import BundleError, RequestError
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 PART_NAMES = ("decoder", "embedding", "vision")
+KV_BYTES = {"float32": 4, "float16": 2, "int8": 1}
+"""Bytes of a value by the dtype of the KV cache."""
+
 OPTIONAL_PARTS = ("prefill", "layer")
 """Parts that a bundle may have on top: prefill, the decoder's layers in a form that reads prompts faster."""
 
@@ -235,7 +238,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Calibration:
-    """The inputs that weights were rounded for, where the recipe asks for that.
+    """The inputs that weights were rounded for, or scales of the cache measured on.
 
     Attributes:
         sha256: of the token ids, positions and patches that were run.
@@ -269,13 +272,15 @@ class Manifest:
         tokens: special ids.
         recipe: the recipe as written by quantize.recipe (its name, and the rules in order).
         activations: dtype of the hidden states: "float32" or "float16".
-        kv_dtype: dtype of the KV inputs: "float32" or "float16".
+        kv_dtype: dtype of the KV inputs: that of the activations, or "int8".
         kv_bytes_per_token: bytes that one token adds to the cache, all layers.
         parts: decoder, embedding and vision, and optionally prefill.
         generation: sampling defaults of the checkpoint (temperature, top_p, ...), as far as it gives any.
         files: every file of the bundle but the manifest itself.
         figures: measured parity and memory of exactly these files; empty until measured.
         calibration: what the weights were rounded for; None, and not in the document, if for nothing.
+        kv_calibration: what the scales of an int8 cache were measured on; None, and not in the document, for
+            a cache of floats.
     """
 
     format_version: int
@@ -294,6 +299,7 @@ class Manifest:
     files: tuple[FileEntry, ...]
     figures: dict[str, Any] = field(default_factory=dict)
     calibration: Calibration | None = None
+    kv_calibration: Calibration | None = None
 
     def __post_init__(self) -> None:
         if self.format_version != FORMAT_VERSION:
@@ -306,9 +312,21 @@ class Manifest:
                 f"{MANIFEST_NAME} lists the parts {sorted(self.parts)}, must be {sorted(PART_NAMES)}, "
                 f"optionally with {', '.join(OPTIONAL_PARTS)}"
             )
-        for name in (self.activations, self.kv_dtype):
-            if name not in ("float32", "float16"):
-                raise BundleError(f"{MANIFEST_NAME} names the dtype {name!r}, must be float32 or float16")
+        if self.activations not in ("float32", "float16"):
+            raise BundleError(
+                f"{MANIFEST_NAME} names the dtype {self.activations!r} for activations, must be float32 or "
+                "float16"
+            )
+        if self.kv_dtype not in KV_BYTES:
+            raise BundleError(
+                f"{MANIFEST_NAME} names the dtype {self.kv_dtype!r} for the KV cache, must be one of "
+                f"{', '.join(KV_BYTES)}"
+            )
+        if (self.kv_calibration is not None) is not (self.kv_dtype == "int8"):
+            raise BundleError(
+                f"{MANIFEST_NAME}: kv_calibration belongs to a KV cache in int8, but kv_dtype is "
+                f"{self.kv_dtype!r} and kv_calibration is {'there' if self.kv_calibration else 'missing'}"
+            )
         _at_least(1, "", kv_bytes_per_token=self.kv_bytes_per_token)
         pictures = (self.tokens.image, self.tokens.image_start, self.tokens.image_end)
         if len(set(pictures)) < len(pictures):
@@ -333,8 +351,9 @@ class Manifest:
     def to_json(self) -> str:
         """The document, stable in its order, ending in a newline."""
         document = dataclasses.asdict(self)
-        if self.calibration is None:
-            del document["calibration"]
+        for name in ("calibration", "kv_calibration"):
+            if document[name] is None:
+                del document[name]
         for part in document["parts"].values():
             if not part["integer"]:
                 del part["integer"]

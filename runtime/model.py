@@ -307,7 +307,12 @@ def _contract(manifest: Manifest, part: str) -> tuple[dict[str, _Value], dict[st
     return inputs, outputs
 
 
-_ONNX_TYPES = {"float32": "tensor(float)", "float16": "tensor(float16)", "int64": "tensor(int64)"}
+_ONNX_TYPES = {
+    "float32": "tensor(float)",
+    "float16": "tensor(float16)",
+    "int8": "tensor(int8)",
+    "int64": "tensor(int64)",
+}
 
 
 def _check_values(where: str, given: Sequence[Any], wanted: Mapping[str, _Value]) -> None:

@@ -32,8 +32,8 @@ def main() -> None:
             operators[f"{domain}:{name}"] = {
                 "since": schema.since_version,
                 "attributes": sorted(schema.attributes),
-                "inputs": [_parameter(item) for item in schema.inputs],
-                "outputs": [_parameter(item) for item in schema.outputs],
+                "inputs": [_parameter(item, schema) for item in schema.inputs],
+                "outputs": [_parameter(item, schema) for item in schema.outputs],
                 "min_inputs": schema.min_input,
                 "max_inputs": min(schema.max_input, OPEN_END),
                 "kernels": kernels,
@@ -76,9 +76,13 @@ def _kernels(domain: str, name: str, since: int) -> list[dict[str, list[str]]]:
     return kernels
 
 
-def _parameter(item: Any) -> list[Any]:
-    """Name, type variable or type, and whether it may be repeated."""
-    return [item.name, _plain(item.typeStr), "Variadic" in str(item.option)]
+def _parameter(item: Any, schema: Any) -> list[Any]:
+    """Name, type variable or type, and whether it may be repeated; a variable of one type is that type."""
+    kind = item.typeStr
+    for variable in schema.type_constraints:
+        if variable.type_param_str == kind and len(variable.allowed_type_strs) == 1:
+            (kind,) = variable.allowed_type_strs
+    return [item.name, _plain(kind), "Variadic" in str(item.option)]
 
 
 def _plain(kind: str) -> str:

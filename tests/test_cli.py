@@ -437,7 +437,7 @@ def test_export_options_reach_the_pipeline(pipeline, tmp_path):
         "--symmetric",
         "--max-image-tokens", 600, "--activations", "float16", "--accuracy-level", 0, "--revision", "abc",
         "--resume", "--force", "--refine", "gptq", "--calibration", "prompts.jsonl",
-        "--prefill", "int8",
+        "--prefill", "int8", "--kv", "int8",
     )  # fmt: skip
 
     assert result.exit_code == 0, result.output
@@ -445,7 +445,7 @@ def test_export_options_reach_the_pipeline(pipeline, tmp_path):
         "model": "zai-org/AutoGLM-Phone-9B", "output": tmp_path / "x", "precision": "int8", "recipe": None,
         "block_size": 32, "symmetric": True, "max_image_tokens": 600, "activations": "float16",
         "accuracy_level": 0, "revision": "abc", "resume": True, "force": True, "refine": "gptq",
-        "calibration": Path("prompts.jsonl"), "prefill": "int8",
+        "calibration": Path("prompts.jsonl"), "prefill": "int8", "kv": "int8",
     }  # fmt: skip
 
 
@@ -510,6 +510,10 @@ def test_a_recipe_made_by_measurement_is_what_is_exported(pipeline, auto, tmp_pa
         (
             ["--recipe", "auto", "--budget-gb", "5", "--reference", "r", "--prefill", "int8"],
             "keeps a budget that --prefill int8 is no part of",
+        ),
+        (
+            ["--recipe", "auto", "--budget-gb", "5", "--reference", "r", "--kv", "int8"],
+            "keeps a budget that --kv int8 is no part of",
         ),
         (
             ["--recipe", "auto", "--budget-gb", "5", "--reference", "r", "--calibration", "c"],

@@ -188,6 +188,7 @@ def test_a_value_of_a_wrong_type_is_refused(place):
         (("format_version",), 0),
         (("activations",), "bfloat16"),
         (("kv_dtype",), "int8"),
+        (("kv_dtype",), "int4"),
         (("geometry", "layers"), 0),
         (("geometry", "vocab"), -1),
         (("files", 0, "size_bytes"), -1),
@@ -302,6 +303,19 @@ def test_a_damaged_calibration_is_refused(changed):
     with pytest.raises(BundleError, match="calibration"):
         read(damaged)
     assert not VALIDATOR.is_valid(damaged)
+
+
+def test_a_cache_in_bytes_and_what_its_scales_were_measured_on_go_together():
+    both = read(document() | {"kv_dtype": "int8", "kv_calibration": CALIBRATION})
+
+    assert both.kv_calibration is not None
+    assert json.loads(both.to_json())["kv_calibration"] == CALIBRATION
+    assert "kv_calibration" not in json.loads(read(document()).to_json())
+    VALIDATOR.validate(json.loads(both.to_json()))
+    for wrong in ({"kv_dtype": "int8"}, {"kv_calibration": CALIBRATION}):
+        with pytest.raises(BundleError, match="kv_calibration belongs to"):
+            read(document() | wrong)
+        assert not VALIDATOR.is_valid(document() | wrong)
 
 
 def test_a_calibration_without_a_key_is_refused():

@@ -18,6 +18,7 @@ _VALUES = {
     "--recipe": "Preset recipe (such as int4-mixed) or recipe file (TOML) in place of a precision.",
     "--refine": "How integers are found: none, search or gptq.",
     "--calibration": "Prompts for gptq, JSON Lines.",
+    "--kv": "Number type of the KV cache: float or int8.",
     "--budget-gb": "With --recipe auto: most gigabytes of the bundle.",
     "--reference": "With --recipe auto: recorded answers to measure by.",
     "--workspace": "With --recipe auto: folder of the measurements.",
