@@ -28,9 +28,11 @@ from .errors import (
     PromptError,
     QuantError,
     RequestError,
+    SimulationError,
 )
 
 if TYPE_CHECKING:
+    from autoglm_edge.android_sim.simulate import simulate
     from autoglm_edge.export.pipeline import estimate, export
     from autoglm_edge.parity.record import record
     from autoglm_edge.parity.validate import validate
@@ -62,6 +64,7 @@ __all__ = [
     "QuantError",
     "RequestError",
     "ReuseOptions",
+    "SimulationError",
     "Timings",
     "Usage",
     "estimate",
@@ -69,6 +72,7 @@ __all__ = [
     "load",
     "parse_action",
     "record",
+    "simulate",
     "validate",
 ]
 
@@ -84,6 +88,7 @@ _LAZY = {
     "export": "autoglm_edge.export.pipeline",
     "parse_action": "autoglm_edge.runtime.actions",
     "record": "autoglm_edge.parity.record",
+    "simulate": "autoglm_edge.android_sim.simulate",
     "validate": "autoglm_edge.parity.validate",
 }
 

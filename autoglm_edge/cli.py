@@ -21,7 +21,9 @@ _COMMANDS = {
     "run": "autoglm_edge.cli_run",
     "info": "autoglm_edge.cli_info",
     "prepare": "autoglm_edge.cli_prepare",
+    "serve": "autoglm_edge.cli_serve",
     "bench": "autoglm_edge.cli_bench",
+    "simulate": "autoglm_edge.cli_simulate",
     "record": "autoglm_edge.cli_record",
     "validate": "autoglm_edge.cli_validate",
 }

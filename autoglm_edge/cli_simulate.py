@@ -1,0 +1,376 @@
+"""`autoglm simulate`: whether a bundle lives on a device, how well, and whether it is still right there.
+
+In: bundles, a device, a question. Out: lines on stdout, one JSON document, a picture, a page; exit status 1
+if an app would be killed there or would read its weights again and again. A skin over
+`autoglm_edge.android_sim`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import click
+
+from autoglm_edge.cli_common import (
+    EdgeCommand,
+    ProgressLine,
+    as_unicode,
+    check_is_bundle,
+    examples,
+    harmless,
+    print_json,
+    prompts_option,
+    weights_option,
+)
+from autoglm_edge.errors import SimulationError
+
+if TYPE_CHECKING:
+    from autoglm_edge.android_sim.device import Device
+    from autoglm_edge.android_sim.planned import Planned
+    from autoglm_edge.android_sim.simulate import Ask
+    from autoglm_edge.android_sim.simulation import Simulation
+
+State = Literal["visible", "service"]
+Enforcement = Literal["auto", "cgroup_v2", "cgroup_v1", "rlimit_data", "watchdog", "none"]
+
+
+@click.command(
+    cls=EdgeCommand,
+    epilog=examples(
+        "autoglm simulate pocket-int4 --device sd8g3-16 --plot timeline.png",
+        "autoglm simulate out --device phone-12 --state service --plan",
+    ),
+)
+@click.argument("bundles", metavar="OUT...", nargs=-1, type=click.Path(path_type=Path))
+@click.option(
+    "--device", "device", metavar="ID_OR_FILE", help="A built-in profile, or a TOML file. [default: phone-8]"
+)
+@click.option("--all", "every", is_flag=True, help="Every built-in profile, one after the other.")
+@click.option("--list-devices", is_flag=True, help="Print the built-in profiles and stop.")
+@click.option(
+    "--state",
+    type=click.Choice(["visible", "service"]),
+    default="visible",
+    show_default=True,
+    help="Of the app: in the foreground, or a service without a window.",
+)
+@click.option("--plan", "plan_only", is_flag=True, help="Foretell from the bundle alone; run nothing.")
+@click.option("--prompt", metavar="TEXT", help="What is asked. [default: a short task]")
+@click.option(
+    "-i",
+    "--image",
+    "images",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="Picture of the question; repeatable. [default: the screenshot of the package]",
+)
+@click.option("--no-image", is_flag=True, help="Ask without a picture.")
+@click.option(
+    "--max-tokens",
+    type=click.IntRange(min=1, max=100_000),
+    default=32,
+    show_default=True,
+    help="Tokens of the answer.",
+)
+@click.option("--context", type=click.IntRange(min=1), metavar="N", help="Tokens that the engine holds.")
+@click.option("--max-image-tokens", type=click.IntRange(min=1), metavar="N", help="Shrink larger pictures.")
+@click.option(
+    "--reference",
+    type=click.Path(path_type=Path),
+    help="File of `autoglm record`: compare the output with it, inside the limits.",
+)
+@click.option("--case", "cases", multiple=True, metavar="NAME", help="Only this prompt of it; repeatable.")
+@click.option(
+    "--enforcement",
+    type=click.Choice(["auto", "cgroup_v2", "cgroup_v1", "rlimit_data", "watchdog", "none"]),
+    default="auto",
+    show_default=True,
+    help="What holds the run to its limits.",
+)
+@click.option(
+    "--timeout",
+    type=click.FloatRange(min=0, min_open=True, max=1e6),
+    default=900.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="Stop the run after so long.",
+)
+@click.option("--throttle", is_flag=True, help="Also slow down processor and storage to the device's.")
+@weights_option
+@prompts_option
+@click.option("--no-prepare", is_flag=True, help="Pack weights inside the limits, not before.")
+@click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="Write the timeline as PNG.")
+@click.option("--html", type=click.Path(path_type=Path, dir_okay=False), help="Write one offline page.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document as the last line.")
+@click.option("--arm64", is_flag=True, help="Check the numerics on emulated ARM instead; fetches some 60 MB.")
+@click.option("--arm64-cpu", multiple=True, metavar="NAME", help="Only this CPU; repeatable.")
+@click.pass_context
+def simulate(
+    ctx: click.Context,
+    bundles: tuple[Path, ...],
+    device: str | None,
+    every: bool,
+    list_devices: bool,
+    state: State,
+    plan_only: bool,
+    prompt: str | None,
+    images: tuple[Path, ...],
+    no_image: bool,
+    max_tokens: int,
+    context: int | None,
+    max_image_tokens: int | None,
+    reference: Path | None,
+    cases: tuple[str, ...],
+    enforcement: Enforcement,
+    timeout: float,
+    throttle: bool,
+    weights: Literal["auto", "packed", "prepared", "mapped"],
+    prompts: Literal["auto", "integer", "layers", "decoder"],
+    no_prepare: bool,
+    plot: Path | None,
+    html: Path | None,
+    as_json: bool,
+    arm64: bool,
+    arm64_cpu: tuple[str, ...],
+) -> None:
+    """Run the bundle in the folder OUT as an app on a device, inside its limits.
+
+    The real runtime runs in a child process that may have what the device gives an app. What comes out:
+    whether it lives, at which moment it was killed otherwise, its memory by phase, what it reads again from
+    storage, what the low memory killer and Google Play would say, whether the output is still right
+    (--reference), and how fast the device may decode, as a range. Speeds of a device are projected, never
+    measured. With several folders, or --all, a table of devices and bundles comes last.
+
+    Exit status 1: an app would be killed there, or would read its weights again and again.
+    """
+    if list_devices:
+        _print_devices(as_json)
+        return
+    _check_usage(
+        bundles, device, every, plan_only, images, no_image, plot, html, arm64, arm64_cpu, cases, reference
+    )
+    for bundle in bundles:
+        check_is_bundle(bundle)
+    if arm64:
+        _check_arm(ctx, bundles[0], arm64_cpu, prompt, images, max_tokens, context, as_json)
+        return
+    from autoglm_edge.android_sim.device import find_device
+    from autoglm_edge.android_sim.device import list_devices as built_in
+    from autoglm_edge.android_sim.simulate import DEFAULT_DEVICE
+
+    devices = built_in() if every else (find_device(device or DEFAULT_DEVICE),)
+    ask = _ask(
+        prompt, images, no_image, max_tokens, context, max_image_tokens, weights, prompts, reference, cases
+    )
+    asked = prompt is not None or bool(images) or no_image
+    found: list[Simulation | Planned] = []
+    progress = ProgressLine()
+    try:
+        for profile in devices:
+            for bundle in bundles:
+                item: Simulation | Planned
+                if plan_only:
+                    item = _plan(bundle, profile, state, ask, asked, not no_prepare)
+                else:
+                    item = _run(
+                        bundle, profile, state, ask, enforcement, timeout, not no_prepare, throttle, progress
+                    )
+                found.append(item)
+                if len(devices) * len(bundles) == 1:
+                    click.echo(harmless(item.to_table()))
+    finally:
+        progress.close()
+    _write(found, plot, html)
+    if len(found) > 1:
+        from autoglm_edge.android_sim.matrix import Matrix
+
+        click.echo(harmless(Matrix.of(found).to_table()))
+    if as_json:
+        documents = [item.to_dict() for item in found]
+        print_json(documents[0] if len(documents) == 1 else {"runs": documents})
+    if not all(item.lives for item in found):
+        ctx.exit(1)
+
+
+def _check_usage(
+    bundles: tuple[Path, ...],
+    device: str | None,
+    every: bool,
+    plan_only: bool,
+    images: tuple[Path, ...],
+    no_image: bool,
+    plot: Path | None,
+    html: Path | None,
+    arm64: bool,
+    arm64_cpu: tuple[str, ...],
+    cases: tuple[str, ...],
+    reference: Path | None,
+) -> None:
+    """Options that do not go together.
+
+    Raises:
+        click.UsageError: the first of them.
+    """
+    if not bundles:
+        raise click.UsageError("name the folder of a bundle, or use --list-devices")
+    wrong = (
+        (every and device is not None, "--all and --device exclude each other"),
+        (bool(images) and no_image, "--image and --no-image exclude each other"),
+        (plan_only and plot is not None, "--plan runs nothing, so there is no timeline for --plot"),
+        (plan_only and html is not None, "--plan runs nothing, so there is no page for --html"),
+        (plan_only and reference is not None, "--plan runs nothing, so nothing is compared with --reference"),
+        (bool(cases) and reference is None, "--case names a prompt of --reference, which is missing"),
+        (
+            plot is not None and (every or len(bundles) > 1),
+            "--plot draws one run; name one bundle and device",
+        ),
+        (arm64 and (every or plan_only), "--arm64 is a check of its own; leave --all and --plan out"),
+        (arm64 and len(bundles) > 1, "--arm64 checks one bundle"),
+        (bool(arm64_cpu) and not arm64, "--arm64-cpu is for --arm64"),
+    )
+    for is_wrong, sentence in wrong:
+        if is_wrong:
+            raise click.UsageError(sentence)
+
+
+def _print_devices(as_json: bool) -> None:
+    from autoglm_edge.android_sim.device import list_devices as built_in
+    from autoglm_edge.android_sim.words import columns
+
+    devices = built_in()
+    rows = [("id", "name", "app, visible", "app, service", "memory GB/s", "storage MB/s")]
+    rows += [
+        (
+            item.id,
+            item.name,
+            _gigabytes(item, "mem_visible"),
+            _gigabytes(item, "mem_service"),
+            f"{item.value('dram_peak') or 0:g}",
+            f"{item.value('storage_read') or 0:g}",
+        )
+        for item in devices
+    ]
+    click.echo("\n".join(columns([(f"{row[0]:<14}{row[1]}", *row[2:]) for row in rows])))
+    click.echo("\nEach figure with its unit, basis and source: --list-devices --json")
+    if as_json:
+        print_json({"devices": [item.to_json() for item in devices]})
+
+
+def _gigabytes(device: Device, name: str) -> str:
+    figure = device.figures[name]
+    return f"{figure.bytes / 1e9:.2f} GB {figure.basis}"
+
+
+def _ask(
+    prompt: str | None,
+    images: tuple[Path, ...],
+    no_image: bool,
+    max_tokens: int,
+    context: int | None,
+    max_image_tokens: int | None,
+    weights: Literal["auto", "packed", "prepared", "mapped"],
+    prompts: Literal["auto", "integer", "layers", "decoder"],
+    reference: Path | None,
+    cases: tuple[str, ...],
+) -> Ask:
+    from autoglm_edge.android_sim.simulate import PROMPT, Ask
+    from autoglm_edge.embedded import sample_screenshot
+
+    pictures = images or (() if no_image else (sample_screenshot(),))
+    return Ask(
+        prompt=PROMPT if prompt is None else as_unicode(prompt),
+        images=pictures,
+        max_tokens=max_tokens,
+        context=context,
+        max_image_tokens=max_image_tokens,
+        weights=weights,
+        prefill=prompts,
+        reference=reference,
+        cases=cases,
+    )
+
+
+def _plan(bundle: Path, device: Device, state: State, ask: Ask, asked: bool, prepare: bool) -> Planned:
+    """A forecast: of the question that was asked, else of a step of a phone agent."""
+    from autoglm_edge.android_sim.simulate import plan
+
+    return plan(bundle, device, state=state, ask=ask, asked=asked, prepare=prepare)
+
+
+def _run(
+    bundle: Path,
+    device: Device,
+    state: State,
+    ask: Ask,
+    enforcement: Enforcement,
+    timeout: float,
+    prepare: bool,
+    throttle: bool,
+    progress: ProgressLine,
+) -> Simulation:
+    from autoglm_edge.android_sim.simulate import simulate as simulate_one
+
+    return simulate_one(
+        bundle,
+        device,
+        state=state,
+        ask=ask,
+        enforcement=enforcement,
+        timeout=timeout,
+        prepare=prepare,
+        throttle=throttle,
+        tell=progress,
+    )
+
+
+def _write(found: Sequence[Any], plot: Path | None, html: Path | None) -> None:
+    """The picture and the page."""
+    if plot is not None:
+        from autoglm_edge.android_sim.timeline import draw_png
+
+        item = found[0]
+        draw_png(item.trace, item.budget, item.verdict, item.title, plot)
+    if html is not None:
+        from autoglm_edge.android_sim.page import html_page
+
+        try:
+            html.write_text(html_page(found), encoding="utf-8")
+        except OSError as error:
+            raise SimulationError(
+                f"the page {html} cannot be written ({error.strerror or error}); name another place"
+            ) from error
+
+
+def _check_arm(
+    ctx: click.Context,
+    bundle: Path,
+    cpus: tuple[str, ...],
+    prompt: str | None,
+    images: tuple[Path, ...],
+    max_tokens: int,
+    context: int | None,
+    as_json: bool,
+) -> None:
+    """The numerics on emulated ARM CPUs."""
+    from autoglm_edge.android_sim.arm64.check import MAX_TOKENS, PROMPT, Question, check_arm64
+    from autoglm_edge.android_sim.arm64.qemu import CPUS
+
+    question = Question(
+        text=PROMPT if prompt is None else as_unicode(prompt),
+        images=images,
+        max_tokens=min(max_tokens, MAX_TOKENS),
+        context=context,
+    )
+    progress = ProgressLine()
+    try:
+        report = check_arm64(bundle, cpus or tuple(CPUS), progress, question=question)
+    finally:
+        progress.close()
+    click.echo(harmless(report.to_table()))
+    if as_json:
+        print_json(json.loads(report.to_json()))
+    if not report.passed:
+        ctx.exit(1)
