@@ -14,9 +14,9 @@ from .device import Device
 from .forecast import Forecast
 from .need import PHASES
 from .projection import Projection
+from .report.words import columns, plain, projection_rows, reach_rows, size
 from .simulation import Subject
 from .verdict import LABELS
-from .words import columns, plain, projection_rows, reach_rows, size
 
 
 @dataclass(frozen=True)

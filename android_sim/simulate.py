@@ -29,13 +29,13 @@ from autoglm_edge.runtime.session import Prefill, SessionOptions, Weights
 
 from .budget import AppState, Budget
 from .device import Device, find_device, list_devices
-from .enforcement import Wish, choose_enforcement
 from .forecast import Forecast, foretell, usual_question
-from .job import Job
+from .limits.enforcement import Wish, choose_enforcement
 from .need import Question
 from .planned import Planned
 from .projection import Projection, project
-from .runner import RunOptions, run_inside
+from .run.job import Job
+from .run.runner import RunOptions, run_inside
 from .simulation import Simulation, Subject
 from .trace import Trace
 from .verdict import Verdict, classify

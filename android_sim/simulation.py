@@ -17,9 +17,9 @@ from .device import Device
 from .forecast import Forecast, PhaseError
 from .need import PHASES
 from .projection import Projection
+from .report.words import columns, parity_text, plain, projection_rows, reach_rows, size
 from .trace import ParityResult, Trace
 from .verdict import LABELS, Verdict
-from .words import columns, parity_text, plain, projection_rows, reach_rows, size
 
 
 @dataclass(frozen=True)

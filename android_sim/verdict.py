@@ -24,8 +24,8 @@ from typing import Any, Literal
 
 from .android import LimiterSet, PlayBand, Risk, limiter_set, lmkd_risk, play_band
 from .budget import Budget
+from .report.words import size
 from .trace import Sample, Trace
-from .words import size
 
 VerdictName = Literal[
     "interrupted",

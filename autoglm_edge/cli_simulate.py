@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import click
+from click.core import ParameterSource
 
 from autoglm_edge.cli_common import (
     EdgeCommand,
@@ -32,6 +33,12 @@ if TYPE_CHECKING:
     from autoglm_edge.android_sim.planned import Planned
     from autoglm_edge.android_sim.simulate import Ask
     from autoglm_edge.android_sim.simulation import Simulation
+
+_OF_ARM = (
+    *("bundles", "arm64", "arm64_cpu", "as_json"),
+    *("prompt", "images", "no_image", "max_tokens", "context"),
+)
+"""Parameters that --arm64 takes; the others are of a run inside limits."""
 
 State = Literal["visible", "service"]
 Enforcement = Literal["auto", "cgroup_v2", "cgroup_v1", "rlimit_data", "watchdog", "none"]
@@ -105,7 +112,9 @@ Enforcement = Literal["auto", "cgroup_v2", "cgroup_v1", "rlimit_data", "watchdog
 @click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="Write the timeline as PNG.")
 @click.option("--html", type=click.Path(path_type=Path, dir_okay=False), help="Write one offline page.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document as the last line.")
-@click.option("--arm64", is_flag=True, help="Check the numerics on emulated ARM instead; fetches some 60 MB.")
+@click.option(
+    "--arm64", is_flag=True, help="Check the numerics on emulated ARM instead; fetches some 145 MB, once."
+)
 @click.option("--arm64-cpu", multiple=True, metavar="NAME", help="Only this CPU; repeatable.")
 @click.pass_context
 def simulate(
@@ -152,10 +161,15 @@ def simulate(
     _check_usage(
         bundles, device, every, plan_only, images, no_image, plot, html, arm64, arm64_cpu, cases, reference
     )
+    if arm64:
+        _refuse_others(ctx, _OF_ARM)
     for bundle in bundles:
         check_is_bundle(bundle)
     if arm64:
-        _check_arm(ctx, bundles[0], arm64_cpu, prompt, images, max_tokens, context, as_json)
+        ask = _ask(
+            prompt, images, no_image, max_tokens, context, max_image_tokens, weights, prompts, None, ()
+        )
+        _check_arm(ctx, bundles[0], arm64_cpu, ask, as_json)
         return
     from autoglm_edge.android_sim.device import find_device
     from autoglm_edge.android_sim.device import list_devices as built_in
@@ -185,7 +199,7 @@ def simulate(
         progress.close()
     _write(found, plot, html)
     if len(found) > 1:
-        from autoglm_edge.android_sim.matrix import Matrix
+        from autoglm_edge.android_sim.report.matrix import Matrix
 
         click.echo(harmless(Matrix.of(found).to_table()))
     if as_json:
@@ -227,7 +241,6 @@ def _check_usage(
             plot is not None and (every or len(bundles) > 1),
             "--plot draws one run; name one bundle and device",
         ),
-        (arm64 and (every or plan_only), "--arm64 is a check of its own; leave --all and --plan out"),
         (arm64 and len(bundles) > 1, "--arm64 checks one bundle"),
         (bool(arm64_cpu) and not arm64, "--arm64-cpu is for --arm64"),
     )
@@ -236,9 +249,21 @@ def _check_usage(
             raise click.UsageError(sentence)
 
 
+def _refuse_others(ctx: click.Context, taken: Sequence[str]) -> None:
+    """Options that were given and would have no effect beside --arm64.
+
+    Raises:
+        click.UsageError: the first of them.
+    """
+    for option in ctx.command.params:
+        given = ctx.get_parameter_source(option.name or "") is ParameterSource.COMMANDLINE
+        if given and option.name not in taken:
+            raise click.UsageError(f"--arm64 is a check of its own; leave {option.opts[-1]} out")
+
+
 def _print_devices(as_json: bool) -> None:
     from autoglm_edge.android_sim.device import list_devices as built_in
-    from autoglm_edge.android_sim.words import columns
+    from autoglm_edge.android_sim.report.words import columns
 
     devices = built_in()
     rows = [("id", "name", "app, visible", "app, service", "memory GB/s", "storage MB/s")]
@@ -329,12 +354,12 @@ def _run(
 def _write(found: Sequence[Any], plot: Path | None, html: Path | None) -> None:
     """The picture and the page."""
     if plot is not None:
-        from autoglm_edge.android_sim.timeline import draw_png
+        from autoglm_edge.android_sim.report.timeline import draw_png
 
         item = found[0]
         draw_png(item.trace, item.budget, item.verdict, item.title, plot)
     if html is not None:
-        from autoglm_edge.android_sim.page import html_page
+        from autoglm_edge.android_sim.report.page import html_page
 
         try:
             html.write_text(html_page(found), encoding="utf-8")
@@ -348,22 +373,14 @@ def _check_arm(
     ctx: click.Context,
     bundle: Path,
     cpus: tuple[str, ...],
-    prompt: str | None,
-    images: tuple[Path, ...],
-    max_tokens: int,
-    context: int | None,
+    ask: Ask,
     as_json: bool,
 ) -> None:
     """The numerics on emulated ARM CPUs."""
-    from autoglm_edge.android_sim.arm64.check import MAX_TOKENS, PROMPT, Question, check_arm64
+    from autoglm_edge.android_sim.arm64.check import Question, check_arm64
     from autoglm_edge.android_sim.arm64.qemu import CPUS
 
-    question = Question(
-        text=PROMPT if prompt is None else as_unicode(prompt),
-        images=images,
-        max_tokens=min(max_tokens, MAX_TOKENS),
-        context=context,
-    )
+    question = Question(ask.prompt, ask.images, ask.max_tokens, ask.context)
     progress = ProgressLine()
     try:
         report = check_arm64(bundle, cpus or tuple(CPUS), progress, question=question)

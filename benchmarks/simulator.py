@@ -24,12 +24,12 @@ from typing import Any
 from report_tables import insert
 
 from autoglm_edge.android_sim.device import Device, list_devices
-from autoglm_edge.android_sim.matrix import Matrix
+from autoglm_edge.android_sim.report.matrix import Matrix
+from autoglm_edge.android_sim.report.timeline import draw_png
+from autoglm_edge.android_sim.report.words import size
 from autoglm_edge.android_sim.simulate import Ask, simulate
 from autoglm_edge.android_sim.simulation import Simulation
-from autoglm_edge.android_sim.timeline import draw_png
 from autoglm_edge.android_sim.verdict import LABELS
-from autoglm_edge.android_sim.words import size
 from autoglm_edge.embedded import sample_screenshot
 from autoglm_edge.measure.machine import this_machine
 

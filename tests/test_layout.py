@@ -51,6 +51,7 @@ THIRD_PARTY = {
     "autorecipe": {"numpy", "onnx_ir", "onnxruntime", "PIL"},
     "measure": {"numpy", "onnxruntime", "PIL"},
     "android_sim": {"numpy", "onnxruntime", "PIL"},
+    "server": {"numpy", "PIL", "fastapi", "starlette", "uvicorn"},
     "": {"click", "numpy", "PIL"},
 }
 INTERNAL = {
@@ -89,6 +90,7 @@ INTERNAL = {
         "autoglm_edge.parity",
         "autoglm_edge.runtime",
     ),
+    "server": ("autoglm_edge.errors", "autoglm_edge.runtime"),
     "": ("autoglm_edge",),
 }
 RECORDER = "torch_model.py"  # of parity/: where the original model is asked
@@ -296,7 +298,9 @@ def test_third_party_imports_are_declared_dependencies() -> None:
     def declared(folder: str) -> set[str]:
         return {DISTRIBUTIONS.get(name, name).lower() for name in THIRD_PARTY[folder]}
 
-    assert declared("runtime") | declared("measure") | declared("") <= plain
+    server = plain | names(PROJECT["project"]["optional-dependencies"]["server"])
+    assert declared("runtime") | declared("measure") | declared("android_sim") | declared("") <= plain
+    assert declared("server") - {"starlette"} <= server  # fastapi stands on starlette and shows its types
     assert declared("export") | declared("quantize") | declared("autorecipe") <= export
     assert declared("parity") <= parity
 

@@ -15,9 +15,9 @@ from simulated_traces import trace, whole_run
 
 from autoglm_edge.android_sim import simulate as module
 from autoglm_edge.android_sim.budget import Budget
-from autoglm_edge.android_sim.enforcement import offered
-from autoglm_edge.android_sim.job import Job
-from autoglm_edge.android_sim.runner import RunOptions
+from autoglm_edge.android_sim.limits.enforcement import offered
+from autoglm_edge.android_sim.run.job import Job
+from autoglm_edge.android_sim.run.runner import RunOptions
 from autoglm_edge.android_sim.simulate import Ask, plan, simulate, simulate_all
 from autoglm_edge.android_sim.trace import Trace
 from autoglm_edge.cli_simulate import simulate as command
@@ -239,6 +239,7 @@ def test_the_arm_check_is_called_and_decides_the_status(
 
     def fake(folder: Path, cpus: Any, tell: Any, *, question: Any) -> Report:
         asked.append((folder, tuple(cpus), question.text))
+        assert [path.suffix for path in question.images] == [".png"]
         return Report("a72" not in str(cpus))
 
     monkeypatch.setattr(check, "check_arm64", fake)

@@ -15,24 +15,24 @@ from pathlib import Path
 
 import pytest
 
-from autoglm_edge.android_sim import journal as journals
-from autoglm_edge.android_sim import launch
 from autoglm_edge.android_sim.budget import Budget
-from autoglm_edge.android_sim.cgroup_v1 import CgroupV1
-from autoglm_edge.android_sim.cgroup_v2 import CgroupV2
-from autoglm_edge.android_sim.counters import PAGE_BYTES, GroupCounters
-from autoglm_edge.android_sim.enforcement import choose_enforcement, offered
-from autoglm_edge.android_sim.groups import PREFIX, Group, members, remove_group
-from autoglm_edge.android_sim.journal import Journal, is_alive, owner_name, undo_leftovers
-from autoglm_edge.android_sim.mechanism import clean_up
-from autoglm_edge.android_sim.mounts import hierarchies, v1_parent, v2_parent
-from autoglm_edge.android_sim.page_cache import Dropped, cached_bytes, drop_files
-from autoglm_edge.android_sim.readahead import ReadAhead, undo_readahead
-from autoglm_edge.android_sim.rlimit import DataLimit
-from autoglm_edge.android_sim.throttle import Throttle, whole_disk
+from autoglm_edge.android_sim.limits import journal as journals
+from autoglm_edge.android_sim.limits import launch
+from autoglm_edge.android_sim.limits.cgroup_v1 import CgroupV1
+from autoglm_edge.android_sim.limits.cgroup_v2 import CgroupV2
+from autoglm_edge.android_sim.limits.counters import PAGE_BYTES, GroupCounters
+from autoglm_edge.android_sim.limits.enforcement import choose_enforcement, offered
+from autoglm_edge.android_sim.limits.groups import PREFIX, Group, members, remove_group
+from autoglm_edge.android_sim.limits.journal import Journal, is_alive, owner_name, undo_leftovers
+from autoglm_edge.android_sim.limits.mechanism import clean_up
+from autoglm_edge.android_sim.limits.mounts import hierarchies, v1_parent, v2_parent
+from autoglm_edge.android_sim.limits.page_cache import Dropped, cached_bytes, drop_files
+from autoglm_edge.android_sim.limits.readahead import ReadAhead, undo_readahead
+from autoglm_edge.android_sim.limits.rlimit import DataLimit
+from autoglm_edge.android_sim.limits.throttle import Throttle, whole_disk
+from autoglm_edge.android_sim.limits.watchdog import Nothing, Watchdog
+from autoglm_edge.android_sim.limits.zram import Zram, swap_header, undo_zram, why_not
 from autoglm_edge.android_sim.trace import Sample
-from autoglm_edge.android_sim.watchdog import Nothing, Watchdog
-from autoglm_edge.android_sim.zram import Zram, swap_header, undo_zram, why_not
 from autoglm_edge.errors import SimulationError
 
 MIB = 1 << 20
@@ -300,7 +300,7 @@ def test_without_a_delegated_group_a_scope_of_the_users_systemd_is_started(
     root = v2_host(tmp_path, handed="nobody", **{"run/user/7/systemd/private": ""})
     monkeypatch.setenv("XDG_RUNTIME_DIR", "/run/user/7")
     monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
-    monkeypatch.setattr("autoglm_edge.android_sim.cgroup_v2.try_scope", lambda: "")
+    monkeypatch.setattr("autoglm_edge.android_sim.limits.cgroup_v2.try_scope", lambda: "")
 
     with CgroupV2(budget(100), root=root) as enforcement:
         entry = enforcement.entry
@@ -345,7 +345,7 @@ def test_a_scope_that_cannot_be_had_is_no_mechanism(
 ) -> None:
     monkeypatch.setenv("XDG_RUNTIME_DIR", "/run/user/7")
     monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
-    monkeypatch.setattr("autoglm_edge.android_sim.cgroup_v2.try_scope", lambda: refusal)
+    monkeypatch.setattr("autoglm_edge.android_sim.limits.cgroup_v2.try_scope", lambda: refusal)
 
     assert word in offered(budget(), v2_host(tmp_path, handed="nobody", **files))["cgroup_v2"]
 
@@ -509,7 +509,7 @@ def test_groups_of_dead_runs_are_removed_without_a_journal(
     stale.mkdir()
     foreign.mkdir()
     # Processes are this machine's, the tree is the fake one's.
-    monkeypatch.setattr("autoglm_edge.android_sim.groups.is_alive", lambda name, root: is_alive(name))
+    monkeypatch.setattr("autoglm_edge.android_sim.limits.groups.is_alive", lambda name, root: is_alive(name))
 
     assert clean_up(root) == [stale.name]
     assert not stale.exists() and foreign.exists()
@@ -567,7 +567,9 @@ def zram_host(root: Path) -> Path:
 
 def test_compressed_swap_is_set_up_and_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
-    monkeypatch.setattr("autoglm_edge.android_sim.zram._swap", lambda name, path, *flags: calls.append(name))
+    monkeypatch.setattr(
+        "autoglm_edge.android_sim.limits.zram._swap", lambda name, path, *flags: calls.append(name)
+    )
     root = zram_host(tmp_path)
 
     device = Zram.make(64 * MIB + 5, Journal(tmp_path / "j"), root)
@@ -584,7 +586,7 @@ def test_swap_that_is_refused_leaves_no_device(tmp_path: Path, monkeypatch: pyte
     def refuse(name: str, path: Path, *flags: int) -> None:
         raise OSError(22 if name == "swapoff" else 1, "Operation not permitted")
 
-    monkeypatch.setattr("autoglm_edge.android_sim.zram._swap", refuse)
+    monkeypatch.setattr("autoglm_edge.android_sim.limits.zram._swap", refuse)
     root = zram_host(tmp_path)
 
     with pytest.raises(SimulationError, match="cannot be set up"):
@@ -602,7 +604,9 @@ def test_a_device_that_somebody_else_took_meanwhile_is_not_removed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[str] = []
-    monkeypatch.setattr("autoglm_edge.android_sim.zram._swap", lambda name, path, *flags: calls.append(name))
+    monkeypatch.setattr(
+        "autoglm_edge.android_sim.limits.zram._swap", lambda name, path, *flags: calls.append(name)
+    )
     root = write(zram_host(tmp_path), {"sys/block/zram3/disksize": 1024})
 
     undo_zram({"number": 3}, root)
@@ -697,7 +701,7 @@ def test_what_stays_in_the_page_cache_is_said(tmp_path: Path) -> None:
 
 def test_a_quota_follows_the_thermal_curve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     FakeTree(monkeypatch, {"cpu.cfs_period_us": "100000", "cpu.cfs_quota_us": "-1"})
-    monkeypatch.setattr("autoglm_edge.android_sim.throttle.usable_cores", lambda: 2)
+    monkeypatch.setattr("autoglm_edge.android_sim.limits.throttle.usable_cores", lambda: 2)
     hot = budget(thermal_burst_s=10.0, thermal_sustained=0.5, threads=2)
     throttle = Throttle(hot, v1_host(tmp_path))
 

@@ -22,17 +22,17 @@ import pytest
 from parity_fixtures import prompt_file
 from PIL import Image
 
-from autoglm_edge.android_sim import runner
 from autoglm_edge.android_sim.budget import Budget
-from autoglm_edge.android_sim.cgroup_v1 import CgroupV1
-from autoglm_edge.android_sim.child import main as child_main
-from autoglm_edge.android_sim.enforcement import Enforcement, choose_enforcement, offered
-from autoglm_edge.android_sim.groups import PREFIX
-from autoglm_edge.android_sim.job import Job
-from autoglm_edge.android_sim.journal import journal_folder
-from autoglm_edge.android_sim.mechanism import clean_up
-from autoglm_edge.android_sim.mounts import hierarchies
-from autoglm_edge.android_sim.runner import RunOptions, run_inside
+from autoglm_edge.android_sim.limits.cgroup_v1 import CgroupV1
+from autoglm_edge.android_sim.limits.enforcement import Enforcement, choose_enforcement, offered
+from autoglm_edge.android_sim.limits.groups import PREFIX
+from autoglm_edge.android_sim.limits.journal import journal_folder
+from autoglm_edge.android_sim.limits.mechanism import clean_up
+from autoglm_edge.android_sim.limits.mounts import hierarchies
+from autoglm_edge.android_sim.run import runner
+from autoglm_edge.android_sim.run.child import main as child_main
+from autoglm_edge.android_sim.run.job import Job
+from autoglm_edge.android_sim.run.runner import RunOptions, run_inside
 from autoglm_edge.android_sim.trace import Trace
 from autoglm_edge.errors import SimulationError
 
@@ -255,8 +255,8 @@ def test_a_child_cannot_raise_its_resource_limit() -> None:
 RUNNER = """
 import sys
 from autoglm_edge.android_sim.budget import Budget
-from autoglm_edge.android_sim.enforcement import choose_enforcement
-from autoglm_edge.android_sim.runner import run_inside
+from autoglm_edge.android_sim.limits.enforcement import choose_enforcement
+from autoglm_edge.android_sim.run.runner import run_inside
 given = Budget("test", "visible", 128 << 20)
 run_inside([sys.executable, "-I", "-S", sys.argv[1], "hang"], given, choose_enforcement(sys.argv[2], given))
 """

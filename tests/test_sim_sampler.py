@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from autoglm_edge.android_sim.counters import GroupCounters
-from autoglm_edge.android_sim.sampler import ProcSampler, PsSampler, session_members
+from autoglm_edge.android_sim.limits.counters import GroupCounters
+from autoglm_edge.android_sim.run.sampler import ProcSampler, PsSampler, session_members
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="samples are read from Linux' /proc")
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from autoglm_edge.android_sim.reports import LIMIT_BYTES, Reports, says_memory
+from autoglm_edge.android_sim.run.reports import LIMIT_BYTES, Reports, says_memory
 from autoglm_edge.android_sim.trace import (
     ChildResult,
     Enforced,

@@ -13,12 +13,12 @@ from typing import get_args
 import pytest
 
 from autoglm_edge.android_sim.budget import Budget
-from autoglm_edge.android_sim.enforcement import Wish, choose_enforcement, offered
-from autoglm_edge.android_sim.job import Job
-from autoglm_edge.android_sim.runner import RunOptions, run_inside
+from autoglm_edge.android_sim.limits.enforcement import Wish, choose_enforcement, offered
+from autoglm_edge.android_sim.limits.zram import why_not
+from autoglm_edge.android_sim.run.job import Job
+from autoglm_edge.android_sim.run.runner import RunOptions, run_inside
 from autoglm_edge.android_sim.trace import Trace
 from autoglm_edge.android_sim.verdict import classify
-from autoglm_edge.android_sim.zram import why_not
 from autoglm_edge.embedded import pocket_path, sample_screenshot
 from autoglm_edge.export.pipeline import export
 

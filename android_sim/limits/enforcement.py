@@ -18,9 +18,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal, Protocol, Self, get_args
 
+from autoglm_edge.android_sim.budget import Budget
+from autoglm_edge.android_sim.trace import Enforced, EnforcementKind, Sample
 from autoglm_edge.errors import SimulationError
 
-from .budget import Budget
 from .cgroup_v1 import CgroupV1
 from .cgroup_v2 import CgroupV2
 from .counters import GroupCounters
@@ -28,7 +29,6 @@ from .entry import Entry
 from .groups import Group
 from .journal import Journal
 from .rlimit import DataLimit
-from .trace import Enforced, EnforcementKind, Sample
 from .watchdog import Nothing, Watchdog
 
 Wish = Literal["auto", "cgroup_v2", "cgroup_v1", "rlimit_data", "watchdog", "none"]

@@ -19,9 +19,8 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from autoglm_edge.android_sim.trace import ChildResult, Phase
 from autoglm_edge.errors import SimulationError
-
-from .trace import ChildResult, Phase
 
 REPORT_VARIABLE = "AUTOGLM_SIM_REPORT"
 """Environment variable with the number of the pipe's descriptor."""

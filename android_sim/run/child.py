@@ -1,6 +1,6 @@
 """The child: opens the bundle with the real runtime, answers, compares, and says where it is.
 
-    python -m autoglm_edge.android_sim.child JOB.json       or - for stdin
+    python -m autoglm_edge.android_sim.run.child JOB.json       or - for stdin
 
 In: a job. Out: reports on the inherited pipe, and the exit status: 0 done, 1 an error that it names. It is
 the runtime as an app would use it: one engine, one answer, cold. Knows nothing of limits.
@@ -19,13 +19,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from autoglm_edge.android_sim.trace import ChildResult, ParityResult, PlanFacts
 from autoglm_edge.errors import EdgeError, ParityError, SimulationError
 from autoglm_edge.runtime.bundle import Bundle
 from autoglm_edge.runtime.engine import Engine
 
 from .job import LIMIT_BYTES, Job
 from .reports import Reporter, says_memory
-from .trace import ChildResult, ParityResult, PlanFacts
 
 if TYPE_CHECKING:
     from autoglm_edge.parity.case import Case

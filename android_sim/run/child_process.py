@@ -18,14 +18,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import IO, Literal
 
+from autoglm_edge.android_sim.limits.counters import GroupCounters
+from autoglm_edge.android_sim.limits.enforcement import Enforcement
+from autoglm_edge.android_sim.limits.throttle import Throttle
+from autoglm_edge.android_sim.trace import Ending, KilledBy, Sample, Trace
 from autoglm_edge.errors import SimulationError
 
-from .counters import GroupCounters
-from .enforcement import Enforcement
 from .reports import REPORT_VARIABLE, Reports, says_memory
 from .sampler import Sampler, make_sampler, session_members
-from .throttle import Throttle
-from .trace import Ending, KilledBy, Sample, Trace
 
 STDERR_BYTES = 1 << 16
 """Kept of what the child writes there last."""

@@ -10,11 +10,11 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from autoglm_edge.android_sim.budget import Budget
 from autoglm_edge.errors import SimulationError
 from autoglm_edge.runtime.machine.limits import Limits, limits
 from autoglm_edge.runtime.machine.topology import usable_cores
 
-from .budget import Budget
 from .groups import Group
 from .journal import Journal
 from .mounts import v1_parent

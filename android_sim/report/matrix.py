@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .planned import Planned
-from .projection import Range
-from .simulation import Simulation
-from .verdict import LABELS
+from autoglm_edge.android_sim.planned import Planned
+from autoglm_edge.android_sim.projection import Range
+from autoglm_edge.android_sim.simulation import Simulation
+from autoglm_edge.android_sim.verdict import LABELS
+
 from .words import columns, size
 
 _HEAD = ("device", "state", "limit")

@@ -14,10 +14,11 @@ import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from .budget import Budget
+from autoglm_edge.android_sim.budget import Budget
+from autoglm_edge.android_sim.trace import Sample, Trace
+from autoglm_edge.android_sim.verdict import LABELS, Verdict
+
 from .canvas import Canvas, PngCanvas, Point, SvgCanvas
-from .trace import Sample, Trace
-from .verdict import LABELS, Verdict
 from .words import size
 
 WIDTH, HEIGHT = 1080, 600

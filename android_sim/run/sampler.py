@@ -18,8 +18,8 @@ import time
 from pathlib import Path
 from typing import Protocol
 
-from .counters import GroupCounters, OpenFile
-from .trace import Sample
+from autoglm_edge.android_sim.limits.counters import GroupCounters, OpenFile
+from autoglm_edge.android_sim.trace import Sample
 
 INTERVAL_S = 0.05
 LEAST_INTERVAL_S, MOST_INTERVAL_S = 0.02, 1.0

@@ -10,15 +10,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from autoglm_edge.android_sim.budget import Budget
+from autoglm_edge.android_sim.trace import Enforced, EnforcementKind, Sample
 from autoglm_edge.errors import SimulationError
 
-from .budget import Budget
 from .counters import GroupCounters
 from .entry import Entry
 from .groups import Group
 from .mechanism import Mechanism, open_swap
 from .mounts import v1_parent, v1_tree
-from .trace import Enforced, EnforcementKind, Sample
 
 CONTROLLER = "memory"
 

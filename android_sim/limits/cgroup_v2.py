@@ -20,16 +20,16 @@ import subprocess
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from autoglm_edge.android_sim.budget import Budget
+from autoglm_edge.android_sim.trace import Enforced, EnforcementKind, Sample
 from autoglm_edge.errors import SimulationError
 
-from .budget import Budget
 from .cgroup_v1 import taken
 from .counters import PAGE_BYTES, GroupCounters
 from .entry import Entry
 from .groups import PREFIX, Group, kill_members
 from .mechanism import Mechanism, open_swap
 from .mounts import v2_parent, v2_tree
-from .trace import Enforced, EnforcementKind, Sample
 
 CONTROLLER = "memory"
 _SCOPE = ("systemd-run", "--user", "--scope", "--quiet", "--collect")

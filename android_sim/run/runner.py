@@ -22,17 +22,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from autoglm_edge.android_sim.budget import Budget
+from autoglm_edge.android_sim.limits.enforcement import Enforcement, choose_enforcement
+from autoglm_edge.android_sim.limits.page_cache import drop_files
+from autoglm_edge.android_sim.limits.readahead import ReadAhead
+from autoglm_edge.android_sim.limits.throttle import Throttle
+from autoglm_edge.android_sim.trace import Trace
 from autoglm_edge.errors import SimulationError
 
-from .budget import Budget
 from .child_process import ChildProcess
-from .enforcement import Enforcement, choose_enforcement
 from .job import Job
-from .page_cache import drop_files
-from .readahead import ReadAhead
 from .sampler import INTERVAL_S, LEAST_INTERVAL_S, MOST_INTERVAL_S
-from .throttle import Throttle
-from .trace import Trace
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ def _command(what: Job | Sequence[str]) -> tuple[list[str], int | IO[bytes]]:
             f"the job cannot be written to {tempfile.gettempdir()} ({error.strerror or error}); free some "
             "disk, or set TMPDIR to another folder"
         ) from error
-    return [sys.executable, "-m", "autoglm_edge.android_sim.child", "-"], file
+    return [sys.executable, "-m", "autoglm_edge.android_sim.run.child", "-"], file
 
 
 @contextlib.contextmanager

@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
+from autoglm_edge.android_sim.simulation import Simulation
+from autoglm_edge.android_sim.verdict import LABELS
+
 from .matrix import Matrix
-from .simulation import Simulation
 from .timeline import draw_svg
-from .verdict import LABELS
 from .words import parity_text, size
 
 STYLE = """

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .forecast import Forecast, Reach
-    from .projection import Projection
-    from .trace import ParityResult
+    from autoglm_edge.android_sim.forecast import Forecast, Reach
+    from autoglm_edge.android_sim.projection import Projection
+    from autoglm_edge.android_sim.trace import ParityResult
 
 
 def reach_rows(forecast: Forecast) -> list[tuple[str, str]]:

@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from .budget import Budget
+from autoglm_edge.android_sim.budget import Budget
+from autoglm_edge.android_sim.trace import Enforced, EnforcementKind, Sample
+
 from .counters import GroupCounters
 from .entry import Entry
 from .groups import Group
 from .mechanism import FILES_NOTE, Mechanism
-from .trace import Enforced, EnforcementKind, Sample
 
 
 class Watchdog(Mechanism):

@@ -1,0 +1,1 @@
+"""One run inside the limits: the child with the real runtime, and who watches it."""
