@@ -90,7 +90,7 @@ INTERNAL = {
         "autoglm_edge.parity",
         "autoglm_edge.runtime",
     ),
-    "server": ("autoglm_edge.errors", "autoglm_edge.runtime"),
+    "server": ("autoglm_edge.errors", "autoglm_edge.measure.memory", "autoglm_edge.runtime"),
     "": ("autoglm_edge",),
 }
 RECORDER = "torch_model.py"  # of parity/: where the original model is asked
@@ -388,7 +388,10 @@ def test_the_wheel_holds_every_module_and_data_file(wheel: Path) -> None:
         f"{package.replace('.', '/')}/{path.name}"
         for package, folder in PACKAGE_DIR.items()
         for path in (ROOT / folder).iterdir()
-        if path.suffix in (".py", ".json") or path.name == "py.typed"
+        if path.suffix in (".py", ".json", ".toml", ".kt") or path.name == "py.typed"
+    }
+    wanted |= {
+        f"autoglm_edge/android_sim/devices/{path.name}" for path in (ROOT / "android_sim/devices").iterdir()
     }
     wanted |= {f"autoglm_edge/pocket/{path.name}" for path in (ROOT / "autoglm_edge" / "pocket").iterdir()}
 
