@@ -79,10 +79,11 @@ install_torch() {
   fi
 }
 
-# install_project EXTRA: editable, once per change of pyproject.toml. [dev] holds all of [export].
+# install_project EXTRA: editable, once per change of pyproject.toml. [dev] holds all of [export] and [server].
 install_project() {
   local extra=$1
-  if is_installed "$extra" || { [ "$extra" = export ] && is_installed dev; }; then return; fi
+  if is_installed "$extra"; then return; fi
+  case $extra in export | server) if is_installed dev; then return; fi ;; esac
   say "installing autoglm-edge[$extra] into $VENV"
   if [ "$extra" = dev ]; then
     "$VENV_PYTHON" -c 'import torch' 2>/dev/null || install_torch

@@ -1,0 +1,382 @@
+"""`autoglm serve`: the OpenAI-compatible server in front of one bundle.
+
+In: a bundle folder, an address, keys and limits. Out: a server until it is stopped; on stderr one line per
+request. A skin over `autoglm_edge.server`.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import click
+
+from autoglm_edge.cli_common import (
+    EdgeCommand,
+    ProgressLine,
+    check_is_bundle,
+    device_option,
+    examples,
+    harmless,
+    image_layout_option,
+    needs_extra,
+    prompts_option,
+    weights_option,
+)
+from autoglm_edge.errors import RequestError
+
+if TYPE_CHECKING:
+    from autoglm_edge.runtime.reuse.options import ReuseOptions
+    from autoglm_edge.server.answering import Answering
+    from autoglm_edge.server.settings import Settings
+
+KEY_VARIABLE = "AUTOGLM_API_KEY"
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+_SIZE = re.compile(r"(\d{1,15})\s*([kmgt]?)b?", re.IGNORECASE)
+
+
+def _size(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
+    """Bytes, as a number or with a unit: 500000, 500kB, 2GB.
+
+    Raises:
+        click.BadParameter: something else.
+    """
+    if value is None:
+        return None
+    found = _SIZE.fullmatch(value.strip())
+    if found is None:
+        raise click.BadParameter(f"{value!r} is no number of bytes such as 500MB")
+    return int(found[1]) * _UNITS[found[2].lower()]
+
+
+def _network_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Who is served, and from where."""
+    options = (
+        click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on."),
+        click.option(
+            "--port",
+            type=click.IntRange(0, 65535),
+            default=8000,
+            show_default=True,
+            help="0 takes a free one.",
+        ),
+        click.option(
+            "--served-model-name",
+            "names",
+            multiple=True,
+            metavar="NAME",
+            help="What requests call the model; repeatable. [default: OUT's own name and autoglm-phone-9b]",
+        ),
+        click.option(
+            "--api-key",
+            "api_keys",
+            multiple=True,
+            metavar="KEY",
+            envvar=KEY_VARIABLE,
+            show_envvar=True,
+            help="Ask for this key; repeatable. Other users of the machine see command lines: better a file.",
+        ),
+        click.option(
+            "--api-key-file",
+            type=click.Path(path_type=Path, dir_okay=False),
+            help="Ask for one of the keys in this file, one in each line.",
+        ),
+        click.option("--insecure", is_flag=True, help="Serve a network without a key."),
+        click.option(
+            "--allow-origin",
+            "origins",
+            multiple=True,
+            metavar="URL",
+            help="Web pages from there may read answers; repeatable. [default: none]",
+        ),
+        click.option(
+            "--allow-image-urls",
+            "image_hosts",
+            multiple=True,
+            metavar="HOST",
+            help="Fetch pictures from this host; repeatable. [default: data URIs only]",
+        ),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def _limit_options(command: Callable[..., None]) -> Callable[..., None]:
+    """How much is taken; the defaults are those of `Limits`."""
+    options = (
+        click.option(
+            "--max-queue",
+            type=click.IntRange(min=1),
+            metavar="N",
+            help="Requests that may wait; more get status 429. [default: 32]",
+        ),
+        click.option(
+            "--max-body-bytes", callback=_size, metavar="SIZE", help="Of one request. [default: 32MB]"
+        ),
+        click.option(
+            "--max-messages", type=click.IntRange(min=1), metavar="N", help="Of one request. [default: 1000]"
+        ),
+        click.option(
+            "--max-images", type=click.IntRange(min=1), metavar="N", help="Of one request. [default: 10]"
+        ),
+        click.option(
+            "--max-image-pixels",
+            type=click.IntRange(min=1),
+            metavar="N",
+            help="Of one picture, before it is shrunk. [default: 16000000]",
+        ),
+        click.option(
+            "--grace",
+            type=click.FloatRange(min=0, min_open=True),
+            metavar="SECONDS",
+            help="What an answer under way may still take after a signal. [default: 30]",
+        ),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def _engine_options(command: Callable[..., None]) -> Callable[..., None]:
+    """How the bundle is opened, and what is kept between answers."""
+    options = (
+        click.option(
+            "--context",
+            "--max-model-len",
+            "context",
+            type=click.IntRange(min=1),
+            metavar="N",
+            help="Tokens that prompt and answer may have together. [default: 25480, or the model's own]",
+        ),
+        click.option(
+            "--threads", type=click.IntRange(min=1), metavar="N", help="Threads. [default: one per core]"
+        ),
+        device_option,
+        weights_option,
+        prompts_option,
+        click.option("--no-prepare", is_flag=True, help="Do not prepare the weights of a large bundle."),
+        image_layout_option,
+        click.option(
+            "--max-image-tokens",
+            type=click.IntRange(min=1),
+            metavar="N",
+            help="Shrink larger pictures to N tokens.",
+        ),
+        click.option(
+            "--cache-dir",
+            type=click.Path(path_type=Path, file_okay=False),
+            help="Keep there what prompts begin with, so that a restart finds it.",
+        ),
+        click.option(
+            "--cache-bytes",
+            callback=_size,
+            metavar="SIZE",
+            help="Memory for what prompts begin with. [default: 512MB]",
+        ),
+        click.option(
+            "--cache-dir-bytes", callback=_size, metavar="SIZE", help="Bytes of --cache-dir. [default: 4GB]"
+        ),
+        click.option(
+            "--image-cache-bytes",
+            callback=_size,
+            metavar="SIZE",
+            help="Memory for pictures that were encoded. [default: 128MB]",
+        ),
+        click.option("--no-lookup", is_flag=True, help="Do not draft answers from what came before."),
+        click.option("--no-reuse", is_flag=True, help="Compute every prompt and picture anew."),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+@click.command(
+    cls=EdgeCommand,
+    epilog=examples(
+        "autoglm serve pocket-int4", "autoglm serve out --host 0.0.0.0 --api-key-file keys --context 8192"
+    ),
+)
+@click.argument("bundle", metavar="OUT", type=click.Path(path_type=Path))
+@_network_options
+@_limit_options
+@_engine_options
+@click.option("--no-access-log", is_flag=True, help="Do not write a line for each request.")
+def serve(
+    bundle: Path,
+    host: str,
+    port: int,
+    names: tuple[str, ...],
+    api_keys: tuple[str, ...],
+    api_key_file: Path | None,
+    insecure: bool,
+    origins: tuple[str, ...],
+    image_hosts: tuple[str, ...],
+    max_queue: int | None,
+    max_body_bytes: int | None,
+    max_messages: int | None,
+    max_images: int | None,
+    max_image_pixels: int | None,
+    grace: float | None,
+    context: int | None,
+    threads: int | None,
+    device: Literal["cpu", "cuda"],
+    weights: Literal["auto", "packed", "prepared", "mapped"],
+    prompts: Literal["auto", "integer", "layers", "decoder"],
+    no_prepare: bool,
+    image_layout: Literal["plain", "newline"],
+    max_image_tokens: int | None,
+    cache_dir: Path | None,
+    cache_bytes: int | None,
+    cache_dir_bytes: int | None,
+    image_cache_bytes: int | None,
+    no_lookup: bool,
+    no_reuse: bool,
+    no_access_log: bool,
+) -> None:
+    """Answer requests over HTTP from the bundle in the folder OUT, as OpenAI's API does.
+
+    Without --host only this machine is served. One answer is given at a time, other requests wait for
+    their turn; what prompts have in common is computed once. Ctrl-C ends it: no more requests are taken, and
+    the answer under way may end.
+    """
+    check_is_bundle(bundle)
+    with needs_extra("server", ("fastapi", "starlette", "uvicorn"), "a server"):
+        from autoglm_edge.server.run import bind, url_of
+        from autoglm_edge.server.run import serve as run_server
+        from autoglm_edge.server.service import Service
+    from autoglm_edge.runtime.bundle import Bundle
+
+    limits = {
+        "queue": max_queue,
+        "body_bytes": max_body_bytes,
+        "messages": max_messages,
+        "images": max_images,
+        "image_pixels": max_image_pixels,
+    }
+    settings = _settings(
+        bundle,
+        host,
+        names,
+        [*api_keys],
+        api_key_file,
+        insecure=insecure,
+        origins=origins,
+        image_hosts=image_hosts,
+        limits={name: value for name, value in limits.items() if value is not None},
+        grace=grace,
+    )
+    sizes = {
+        "prefix_cache_bytes": cache_bytes,
+        "prefix_disk_bytes": cache_dir_bytes,
+        "image_cache_bytes": image_cache_bytes,
+    }
+    reuse = _reuse(
+        cache_dir,
+        {name: value for name, value in sizes.items() if value is not None},
+        lookup=not no_lookup,
+        reuse=not no_reuse,
+    )
+    opened = Bundle.open(bundle)
+    _set_up_log(quiet=no_access_log)
+
+    def load() -> Answering:
+        from autoglm_edge.runtime.session import SessionOptions
+        from autoglm_edge.server.answering import ServedEngine
+
+        progress = ProgressLine()
+        engine = ServedEngine(
+            opened,
+            options=SessionOptions(device, threads or 0, weights, prompts, not no_prepare),
+            context=context,
+            image_layout=image_layout,
+            max_image_tokens=max_image_tokens,
+            reuse=reuse,
+            tell=progress,
+        )
+        progress.close()
+        click.echo(f"Ready: up to {engine.context} tokens of prompt and answer", err=True)
+        return engine
+
+    with bind(host, port) as listener:
+        click.echo(harmless(f"Serving {settings.names[0]} at {url_of(listener)}, loading"), err=True)
+        if insecure and not settings.keys:
+            click.echo("Without a key: whoever reaches this address may ask", err=True)
+        run_server(Service(settings, load), listener, told=lambda text: click.echo(text, err=True))
+
+
+def _settings(
+    bundle: Path,
+    host: str,
+    names: tuple[str, ...],
+    keys: list[str],
+    key_file: Path | None,
+    *,
+    insecure: bool,
+    origins: tuple[str, ...],
+    image_hosts: tuple[str, ...],
+    limits: Mapping[str, int],
+    grace: float | None,
+) -> Settings:
+    """What the options say.
+
+    Raises:
+        click.UsageError: they contradict each other, or would serve a network without a key.
+    """
+    from autoglm_edge.server.access import LOCAL_NAMES, Keys, check_exposure, is_loopback, read_key_file
+    from autoglm_edge.server.fetch import ImageFetcher
+    from autoglm_edge.server.limits import Limits
+    from autoglm_edge.server.settings import Settings, model_names
+
+    try:
+        found = Keys([*keys, *(read_key_file(key_file) if key_file is not None else ())])
+        check_exposure(host, found, insecure=insecure)
+        checked = Limits(**limits)
+        given: dict[str, Any] = {"grace_s": grace} if grace is not None else {}
+        return Settings(
+            names=model_names(bundle, names),
+            keys=found,
+            limits=checked,
+            # A key, or a network that the user opened, makes the name that a page goes by unimportant.
+            hosts=LOCAL_NAMES | {host.lower()} if is_loopback(host) and not found else None,
+            origins=origins,
+            fetch=ImageFetcher(image_hosts, checked.image_bytes) if image_hosts else None,
+            **given,
+        )
+    except RequestError as error:
+        raise click.UsageError(str(error)) from error
+
+
+def _reuse(cache_dir: Path | None, sizes: Mapping[str, Any], *, lookup: bool, reuse: bool) -> ReuseOptions:
+    """What the engine may keep.
+
+    Raises:
+        click.UsageError: options contradict each other.
+    """
+    from dataclasses import replace
+
+    from autoglm_edge.runtime.reuse.options import ReuseOptions
+
+    drafts: Literal["auto", False] = "auto" if lookup else False
+    if not reuse and (cache_dir is not None or sizes):
+        raise click.UsageError("--no-reuse keeps nothing; leave it out, or the options of the caches")
+    if cache_dir is None and "prefix_disk_bytes" in sizes:
+        raise click.UsageError("--cache-dir-bytes is for a folder; name one with --cache-dir")
+    try:
+        if not reuse:
+            return replace(ReuseOptions.off(), lookup=drafts)
+        return ReuseOptions(prefix_cache_dir=cache_dir, lookup=drafts, **sizes)
+    except RequestError as error:
+        raise click.UsageError(str(error)) from error
+
+
+def _set_up_log(*, quiet: bool) -> None:
+    """One line on stderr for what the server says; what its libraries warn of, too."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    log = logging.getLogger("autoglm_edge.server")
+    log.setLevel(logging.WARNING if quiet else logging.INFO)
+    log.handlers, log.propagate = [handler], False
