@@ -27,8 +27,8 @@ from autoglm_edge.cli_common import (
 )
 
 if TYPE_CHECKING:
-    from autoglm_edge.export.android import AndroidApp
-    from autoglm_edge.export.kv import KV
+    from autoglm_edge.export.app.android import AndroidApp
+    from autoglm_edge.export.graphs.kv import KV
     from autoglm_edge.export.progress import ProgressEvent
     from autoglm_edge.quantize.recipe import Prefill, Recipe
     from autoglm_edge.quantize.rule import Refinement
@@ -216,7 +216,7 @@ def export(
         from autoglm_edge.export import pipeline
     progress = ProgressLine()
     if android:
-        from autoglm_edge.export.android import check_app_output
+        from autoglm_edge.export.app.android import check_app_output
 
         check_app_output(Path(f"{place}{APP_SUFFIX}"), place, force=force)
     if estimate:
@@ -279,7 +279,7 @@ def _refuse_changes() -> None:
 def _lay_out(bundle: Path, output: Path, force: bool) -> AndroidApp:
     """The app folder of a bundle."""
     with needs_extra("export", _EXPORT_PACKAGES, "an app folder"):
-        from autoglm_edge.export.android import lay_out_android
+        from autoglm_edge.export.app.android import lay_out_android
     from autoglm_edge.runtime.bundle import Bundle
 
     progress = ProgressLine()

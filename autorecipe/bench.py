@@ -21,8 +21,8 @@ import onnx_ir as ir
 from autoglm_edge.errors import ParityError
 from autoglm_edge.export.card import CARD_NAME
 from autoglm_edge.export.contents import graph_bytes
-from autoglm_edge.export.genai import GENAI_NAME
-from autoglm_edge.export.plan import IR_DTYPES, PartPlan, Weight
+from autoglm_edge.export.graphs.genai import GENAI_NAME
+from autoglm_edge.export.graphs.plan import IR_DTYPES, PartPlan, Weight
 from autoglm_edge.export.progress import Progress, ProgressEvent
 from autoglm_edge.export.staging import write_file
 from autoglm_edge.parity.reference import Reference

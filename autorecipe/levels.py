@@ -12,12 +12,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from autoglm_edge.errors import QuantError
-from autoglm_edge.export.checkpoint import Checkpoint
+from autoglm_edge.export.calibrate.preparation import prepare
 from autoglm_edge.export.contents import Job, build_manifest, small_files
+from autoglm_edge.export.graphs.plan import ALIGNMENT, Weight
 from autoglm_edge.export.options import ExportOptions
-from autoglm_edge.export.plan import ALIGNMENT, Weight
-from autoglm_edge.export.preparation import prepare
-from autoglm_edge.export.shapes import EMBEDDING, HEAD, expected_tensors
+from autoglm_edge.export.source.checkpoint import Checkpoint
+from autoglm_edge.export.source.shapes import EMBEDDING, HEAD, expected_tensors
 from autoglm_edge.quantize.recipe import INT4, INT8, PRESETS, Recipe
 from autoglm_edge.quantize.rule import Rule
 

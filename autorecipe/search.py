@@ -26,11 +26,11 @@ import onnxruntime as ort
 
 from autoglm_edge.embedded import POCKET_NAME, pocket_path
 from autoglm_edge.errors import ParityError, QuantError, RequestError
-from autoglm_edge.export.checkpoint import Checkpoint
+from autoglm_edge.export.calibrate.preparation import image_budget
 from autoglm_edge.export.contents import created_by
 from autoglm_edge.export.pipeline import export
-from autoglm_edge.export.preparation import image_budget
 from autoglm_edge.export.progress import Progress, ProgressEvent, silent
+from autoglm_edge.export.source.checkpoint import Checkpoint
 from autoglm_edge.parity.record import weights_sha256
 from autoglm_edge.parity.reference import Reference
 from autoglm_edge.quantize.allocation import Candidate, Group, allocate

@@ -27,10 +27,10 @@ import onnx
 from numpy.typing import NDArray
 
 from autoglm_edge.embedded import pocket_path
-from autoglm_edge.export.calibration_set import built_in_set, read_calibration
-from autoglm_edge.export.checkpoint import Checkpoint
-from autoglm_edge.export.kv_scales import KV_TOKENS, MARGIN, TOP, find_scales, is_scale
+from autoglm_edge.export.calibrate.calibration_set import built_in_set, read_calibration
+from autoglm_edge.export.calibrate.kv_scales import KV_TOKENS, MARGIN, TOP, find_scales, is_scale
 from autoglm_edge.export.pipeline import export
+from autoglm_edge.export.source.checkpoint import Checkpoint
 from autoglm_edge.measure.figures import rounded
 from autoglm_edge.measure.machine import this_machine
 from autoglm_edge.parity.comparison import Figures

@@ -13,7 +13,7 @@ from autoglm_edge.quantize.channels import ChannelFormat
 from autoglm_edge.quantize.recipe import Recipe
 from autoglm_edge.runtime.manifest import Calibration, ImageSpec, Part
 
-from .checkpoint import ModelConfig
+from .source.checkpoint import ModelConfig
 
 CARD_NAME = "README.md"
 

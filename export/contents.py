@@ -29,18 +29,18 @@ from autoglm_edge.runtime.manifest import (
     Source,
 )
 
-from .calibration_set import CalibrationSet
+from .calibrate.calibration_set import CalibrationSet
+from .calibrate.kv_scales import MARGIN, ScaledRows, Scales
 from .card import CARD_NAME, model_card
-from .checkpoint import Checkpoint, ModelConfig
 from .files import CONFIG_NAME, PREPROCESSOR_NAME, json_object
-from .genai import GENAI_DECODER_NAME, GENAI_NAME, genai_config, genai_decoder, to_bytes
-from .kv import KV
-from .kv_scales import MARGIN, ScaledRows, Scales
-from .layer import LAYER_GRAPH, LAYER_INDEX, LayerPlan
-from .plan import IR_DTYPES, ITEM_BYTES, Dtype, PartPlan, data_file
-from .processor import with_pixel_budget
-from .shapes import expected_tensors
-from .writer import Rows
+from .graphs.genai import GENAI_DECODER_NAME, GENAI_NAME, genai_config, genai_decoder, to_bytes
+from .graphs.kv import KV
+from .graphs.layer import LAYER_GRAPH, LAYER_INDEX, LayerPlan
+from .graphs.plan import IR_DTYPES, ITEM_BYTES, Dtype, PartPlan, data_file
+from .source.checkpoint import Checkpoint, ModelConfig
+from .source.processor import with_pixel_budget
+from .source.shapes import expected_tensors
+from .weights.writer import Rows
 
 TOOLS = ("numpy", "onnx", "onnx-ir", "onnxscript")
 """Packages whose version can change what is written."""

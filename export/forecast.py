@@ -31,16 +31,16 @@ from autoglm_edge.quantize.rule import REFINEMENTS, Refinement
 from autoglm_edge.runtime.machine.topology import usable_cores
 from autoglm_edge.runtime.manifest import MANIFEST_NAME
 
-from .balance import largest, scan_bytes
-from .calibration_cost import calibration_bytes, calibration_operations
+from .calibrate.calibration_cost import calibration_bytes, calibration_operations
+from .calibrate.kv_scales import kv_bytes, kv_operations
 from .card import readable
 from .contents import Job, build_manifest, small_files
-from .kv_scales import kv_bytes, kv_operations
-from .links import channel_links
-from .plan import PartPlan, Weight
-from .shapes import expected_tensors
+from .graphs.links import channel_links
+from .graphs.plan import PartPlan, Weight
+from .source.shapes import expected_tensors
 from .staging import MARGIN_BYTES, Staging, nearest_folder
-from .writer import in_flight_bytes
+from .weights.balance import largest, scan_bytes
+from .weights.writer import in_flight_bytes
 
 TRIAL_ROWS, TRIAL_COLUMNS = 512, 4096
 TRIAL_REPEATS = 2

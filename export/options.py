@@ -14,7 +14,7 @@ from autoglm_edge.quantize.recipe import Activations, Prefill, Recipe
 from autoglm_edge.quantize.recipe_reading import resolve
 from autoglm_edge.quantize.rule import Refinement
 
-from .kv import KV, KVS
+from .graphs.kv import KV, KVS
 
 
 @dataclass(frozen=True)

@@ -28,20 +28,20 @@ from autoglm_edge.quantize.rule import Refinement
 from autoglm_edge.runtime.bundle import Bundle
 from autoglm_edge.runtime.manifest import MANIFEST_NAME
 
-from .calibration import Calibration
-from .checkpoint import Checkpoint
+from .calibrate.calibration import Calibration
+from .calibrate.kv_scales import Scales, find_scales, is_scale
+from .calibrate.preparation import prepare
 from .contents import Job, build_manifest, small_files
 from .forecast import Estimate, estimate_job
+from .graphs.kv import KV
+from .graphs.plan import PartPlan, Weight
 from .journal import Entries, Journal, read_journal
-from .kv import KV
-from .kv_scales import Scales, find_scales, is_scale
 from .options import ExportOptions
-from .plan import PartPlan, Weight
-from .preparation import prepare
 from .progress import Progress, ProgressEvent, silent
-from .quantizer import RecipeQuantizer
+from .source.checkpoint import Checkpoint
 from .staging import MARGIN_BYTES, Staging, check_apart, check_output, nearest_folder, write_file
-from .writer import write_part
+from .weights.quantizer import RecipeQuantizer
+from .weights.writer import write_part
 
 __all__ = [
     "ExportOptions",

@@ -19,7 +19,7 @@ from PIL import Image
 
 from autoglm_edge.embedded import POCKET_NAME
 from autoglm_edge.errors import ContextLengthError, ParityError, RequestError
-from autoglm_edge.export.checkpoint import Checkpoint
+from autoglm_edge.export.source.checkpoint import Checkpoint
 from autoglm_edge.runtime.prompt.build import Prompt, build_prompt
 from autoglm_edge.runtime.prompt.messages import ImagePart, Message, TextPart, read_messages
 from autoglm_edge.runtime.prompt.template import ChatTemplate, ImageLayout

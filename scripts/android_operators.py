@@ -1,7 +1,7 @@
 """Write down which operators a release of onnxruntime can run on a CPU, for the check of `export --android`.
 
     python -m venv /tmp/ort && /tmp/ort/bin/pip install onnxruntime==1.27.0
-    /tmp/ort/bin/python scripts/android_operators.py > export/android_operators.json
+    /tmp/ort/bin/python scripts/android_operators.py > export/app/android_operators.json
 
 Run it with a Python that has the release of onnxruntime-android that apps take: the wheel and the Android
 package of a release are built from the same sources and register the same CPU operators. Schemas and kernels

@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from autoglm_edge.errors import EdgeError
-from autoglm_edge.export import writer
 from autoglm_edge.export.pipeline import export
+from autoglm_edge.export.weights import writer
 from autoglm_edge.runtime.bundle import Bundle
 
 WRITES = ("pwrite", "write")

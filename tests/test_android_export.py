@@ -23,9 +23,9 @@ from PIL import Image
 
 from autoglm_edge.cli_export import export as export_command
 from autoglm_edge.errors import ExportError
-from autoglm_edge.export import android
-from autoglm_edge.export.android import describe_app, lay_out_android, read_graphs
-from autoglm_edge.export.android_check import android_table, check_graph, read_table
+from autoglm_edge.export.app import android
+from autoglm_edge.export.app.android import describe_app, lay_out_android, read_graphs
+from autoglm_edge.export.app.android_check import android_table, check_graph, read_table
 from autoglm_edge.runtime.bundle import Bundle
 from autoglm_edge.runtime.engine import Engine
 

@@ -790,7 +790,7 @@ def test_the_pocket_bundle_answers_the_same_on_emulated_arm(pocket: Path) -> Non
 @pytest.mark.arm64
 @pytest.mark.usefixtures("_lasting_cache")
 def test_the_wheel_of_the_android_release_answers_the_same(pocket: Path) -> None:
-    from autoglm_edge.export.android_check import android_table
+    from autoglm_edge.export.app.android_check import android_table
 
     report = check_arm64(
         pocket,

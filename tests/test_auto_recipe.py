@@ -23,9 +23,9 @@ from autoglm_edge.autorecipe.measurements import Journal, Measurement, mixture_k
 from autoglm_edge.autorecipe.search import AutoOptions, auto_recipe, choose_recipe, recipe_name, write_recipe
 from autoglm_edge.autorecipe.sensitivity import group_tensors, measure
 from autoglm_edge.errors import EdgeError, ParityError, QuantError, RequestError
-from autoglm_edge.export.checkpoint import Checkpoint
 from autoglm_edge.export.pipeline import export
 from autoglm_edge.export.progress import ProgressEvent
+from autoglm_edge.export.source.checkpoint import Checkpoint
 from autoglm_edge.parity.record import record
 from autoglm_edge.parity.reference import Reference
 from autoglm_edge.parity.validate import validate

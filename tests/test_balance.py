@@ -21,15 +21,15 @@ from PIL import Image
 from test_parity import conversation
 
 from autoglm_edge.errors import ExportError
-from autoglm_edge.export import balance
-from autoglm_edge.export.balance import BOUNDS, Balanced, exponents
-from autoglm_edge.export.checkpoint import Checkpoint
-from autoglm_edge.export.links import channel_links
+from autoglm_edge.export.graphs.links import channel_links
+from autoglm_edge.export.graphs.plan import Dtype
 from autoglm_edge.export.options import ExportOptions
 from autoglm_edge.export.pipeline import estimate, export, prepare
-from autoglm_edge.export.plan import Dtype
 from autoglm_edge.export.progress import ProgressEvent
-from autoglm_edge.export.shapes import expected_tensors
+from autoglm_edge.export.source.checkpoint import Checkpoint
+from autoglm_edge.export.source.shapes import expected_tensors
+from autoglm_edge.export.weights import balance
+from autoglm_edge.export.weights.balance import BOUNDS, Balanced, exponents
 from autoglm_edge.quantize.formats import BlockFormat
 from autoglm_edge.quantize.recipe import PRESETS, Recipe
 from autoglm_edge.quantize.rule import Rule
@@ -199,9 +199,11 @@ class _StopError(Exception):
 def test_an_interrupted_export_goes_on_to_the_same_bytes(
     count: int, checkpoint_of: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("autoglm_edge.export.writer.SYNC_BYTES", 1)  # every weight is journalled at once
-    monkeypatch.setattr("autoglm_edge.export.writer.CHUNK_BYTES", (2048, 4096))
-    monkeypatch.setattr("autoglm_edge.export.writer.usable_cores", lambda: 3)
+    monkeypatch.setattr(
+        "autoglm_edge.export.weights.writer.SYNC_BYTES", 1
+    )  # every weight is journalled at once
+    monkeypatch.setattr("autoglm_edge.export.weights.writer.CHUNK_BYTES", (2048, 4096))
+    monkeypatch.setattr("autoglm_edge.export.weights.writer.usable_cores", lambda: 3)
     tiny = outliers(checkpoint_of("tiny"), tmp_path / "checkpoint")
     seen: list[str] = []
 

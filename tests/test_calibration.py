@@ -15,16 +15,16 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from autoglm_edge.errors import ExportError
-from autoglm_edge.export import calibration as module
-from autoglm_edge.export import gram as gram_module
-from autoglm_edge.export.calibration import Calibration
-from autoglm_edge.export.calibration_set import CalibrationSet, read_calibration
-from autoglm_edge.export.checkpoint import Checkpoint
-from autoglm_edge.export.gram import Gram, gram_bytes
+from autoglm_edge.export.calibrate import calibration as module
+from autoglm_edge.export.calibrate import gram as gram_module
+from autoglm_edge.export.calibrate.calibration import Calibration
+from autoglm_edge.export.calibrate.calibration_set import CalibrationSet, read_calibration
+from autoglm_edge.export.calibrate.gram import Gram, gram_bytes
+from autoglm_edge.export.calibrate.probe import Probe
+from autoglm_edge.export.graphs.text import plan_norm
 from autoglm_edge.export.options import ExportOptions
 from autoglm_edge.export.pipeline import prepare
-from autoglm_edge.export.probe import Probe
-from autoglm_edge.export.text import plan_norm
+from autoglm_edge.export.source.checkpoint import Checkpoint
 from autoglm_edge.quantize.recipe import PRESETS
 
 Checkpoints = Callable[..., Path]

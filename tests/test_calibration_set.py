@@ -14,9 +14,9 @@ from calibration_fixtures import ANSWER, assistant, user, write_set, write_usual
 from PIL import Image
 
 from autoglm_edge.errors import ExportError
-from autoglm_edge.export import calibration_set as module
-from autoglm_edge.export.calibration_set import CalibrationSet, built_in_set, read_calibration
-from autoglm_edge.export.checkpoint import Checkpoint
+from autoglm_edge.export.calibrate import calibration_set as module
+from autoglm_edge.export.calibrate.calibration_set import CalibrationSet, built_in_set, read_calibration
+from autoglm_edge.export.source.checkpoint import Checkpoint
 from autoglm_edge.runtime.prompt.build import build_prompt
 from autoglm_edge.runtime.prompt.messages import read_messages
 from autoglm_edge.runtime.prompt.template import ChatTemplate

@@ -27,8 +27,8 @@ from make_checkpoint import (
 from safetensors.numpy import load_file, save_file
 
 from autoglm_edge.errors import CheckpointError
-from autoglm_edge.export.checkpoint import Checkpoint, ModelConfig, expected_tensors
-from autoglm_edge.export.processor import CLIP_MEAN, CLIP_STD
+from autoglm_edge.export.source.checkpoint import Checkpoint, ModelConfig, expected_tensors
+from autoglm_edge.export.source.processor import CLIP_MEAN, CLIP_STD
 
 TINY = SHAPES["tiny"]
 SMALL = [name for name in SHAPES if name != "autoglm-9b"]

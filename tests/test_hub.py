@@ -15,8 +15,8 @@ from huggingface_hub import errors
 from make_checkpoint import make_checkpoint
 
 from autoglm_edge.errors import CheckpointError, DependencyError
-from autoglm_edge.export import hub
-from autoglm_edge.export.checkpoint import Checkpoint
+from autoglm_edge.export.source import hub
+from autoglm_edge.export.source.checkpoint import Checkpoint
 
 NAME = "zai-org/AutoGLM-Phone-9B"
 COMMIT = "f" * 40

@@ -14,8 +14,8 @@ from onnxscript import GraphBuilder, nn
 from onnxscript._internal.builder import OpBuilder
 
 from autoglm_edge.errors import QuantError
-from autoglm_edge.export.nn import Linear, Outputs, WeightBook, build_part
-from autoglm_edge.export.plan import PartPlan
+from autoglm_edge.export.graphs.nn import Linear, Outputs, WeightBook, build_part
+from autoglm_edge.export.graphs.plan import PartPlan
 from autoglm_edge.quantize import ChannelFormat, Recipe, Rule, dequantize_channels, quantize_channels
 
 K = 48

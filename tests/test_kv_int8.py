@@ -21,11 +21,10 @@ from test_warm_answers import agent_messages, greedy
 
 from autoglm_edge.cli_info import info
 from autoglm_edge.errors import BundleError, CheckpointError, ExportError
-from autoglm_edge.export import kv_scales, pipeline
-from autoglm_edge.export.calibration_set import read_calibration
-from autoglm_edge.export.checkpoint import Checkpoint
-from autoglm_edge.export.kv import FEW_TOKENS
-from autoglm_edge.export.kv_scales import (
+from autoglm_edge.export import pipeline
+from autoglm_edge.export.calibrate import kv_scales
+from autoglm_edge.export.calibrate.calibration_set import read_calibration
+from autoglm_edge.export.calibrate.kv_scales import (
     LEAST,
     MARGIN,
     TOP,
@@ -34,8 +33,10 @@ from autoglm_edge.export.kv_scales import (
     scale_names,
     scales_of,
 )
+from autoglm_edge.export.graphs.kv import FEW_TOKENS
 from autoglm_edge.export.options import ExportOptions
 from autoglm_edge.export.pipeline import estimate, export
+from autoglm_edge.export.source.checkpoint import Checkpoint
 from autoglm_edge.quantize.recipe import PRESETS
 from autoglm_edge.runtime.bundle import Bundle
 from autoglm_edge.runtime.cache import KVCache

@@ -71,7 +71,7 @@ INTERNAL = {
     "parity": (
         "autoglm_edge.errors",
         "autoglm_edge.embedded",
-        "autoglm_edge.export.checkpoint",
+        "autoglm_edge.export.source.checkpoint",
         "autoglm_edge.runtime",
     ),
     "autorecipe": (

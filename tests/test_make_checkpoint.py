@@ -25,7 +25,7 @@ from make_checkpoint import (
 from safetensors import safe_open
 from tokenizers import Tokenizer
 
-from autoglm_edge.export.tensors import TensorStore
+from autoglm_edge.export.source.tensors import TensorStore
 
 SMALL = [name for name in SHAPES if name != "autoglm-9b"]
 

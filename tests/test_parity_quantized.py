@@ -20,9 +20,9 @@ from PIL import Image
 from reference import reference_logits
 from test_parity import TOLERANCE, conversation
 
-from autoglm_edge.export.checkpoint import Checkpoint
 from autoglm_edge.export.options import ExportOptions
 from autoglm_edge.export.pipeline import prepare
+from autoglm_edge.export.source.checkpoint import Checkpoint
 from autoglm_edge.quantize.channels import ChannelFormat, dequantize_channels, quantize_channels
 from autoglm_edge.quantize.formats import BlockFormat, dequantize_rows, quantize_rows
 from autoglm_edge.quantize.recipe import Recipe, Rule

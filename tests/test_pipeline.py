@@ -105,7 +105,7 @@ def test_the_manifest_says_which_graphs_are_for_integer_units(
 def test_the_float_weights_are_those_of_the_checkpoint(tiny: Path, tmp_path: Path) -> None:
     from onnx import load, numpy_helper
 
-    from autoglm_edge.export.tensors import TensorStore
+    from autoglm_edge.export.source.tensors import TensorStore
 
     export(tiny, tmp_path / "out", precision="fp32")
 

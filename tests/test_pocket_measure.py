@@ -11,7 +11,7 @@ import pocket_measure
 import pytest
 from pocket_measure import Measured, Workspace, rtn_block_32, variants
 
-from autoglm_edge.export.checkpoint import Checkpoint
+from autoglm_edge.export.source.checkpoint import Checkpoint
 from autoglm_edge.parity.case import Fingerprint
 from autoglm_edge.parity.report import Report, Subject
 from autoglm_edge.quantize.recipe import PRESETS

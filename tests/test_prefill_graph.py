@@ -15,10 +15,10 @@ import pytest
 from test_graphs import decoder_feeds, session
 
 from autoglm_edge.errors import QuantError
-from autoglm_edge.export.checkpoint import Checkpoint
+from autoglm_edge.export.calibrate.preparation import prepare
 from autoglm_edge.export.options import ExportOptions
 from autoglm_edge.export.pipeline import estimate, export
-from autoglm_edge.export.preparation import prepare
+from autoglm_edge.export.source.checkpoint import Checkpoint
 from autoglm_edge.quantize import PRESETS, BlockFormat, ChannelFormat, Recipe, Rule
 from autoglm_edge.runtime.bundle import Bundle
 

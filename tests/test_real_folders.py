@@ -12,8 +12,8 @@ import pytest
 from make_checkpoint import CHAT_TEMPLATE, SHAPES, config_json, make_checkpoint
 
 from autoglm_edge.errors import CheckpointError
-from autoglm_edge.export.checkpoint import Checkpoint
 from autoglm_edge.export.pipeline import export
+from autoglm_edge.export.source.checkpoint import Checkpoint
 
 TINY = SHAPES["tiny"]
 ENDS = ("<|endoftext|>", "<|user|>", "<|observation|>", "</answer>")

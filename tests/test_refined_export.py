@@ -21,14 +21,14 @@ from safetensors.numpy import load_file, save_file
 
 from autoglm_edge.errors import ExportError, QuantError
 from autoglm_edge.export import forecast
-from autoglm_edge.export.calibration_cost import calibration_bytes, calibration_operations
-from autoglm_edge.export.calibration_set import CalibrationSet, Sample, read_calibration
-from autoglm_edge.export.checkpoint import Checkpoint
+from autoglm_edge.export.calibrate.calibration_cost import calibration_bytes, calibration_operations
+from autoglm_edge.export.calibrate.calibration_set import CalibrationSet, Sample, read_calibration
+from autoglm_edge.export.graphs.text import plan_decoder
+from autoglm_edge.export.graphs.vision import plan_vision
 from autoglm_edge.export.options import ExportOptions
 from autoglm_edge.export.pipeline import estimate, export, prepare
 from autoglm_edge.export.progress import ProgressEvent
-from autoglm_edge.export.text import plan_decoder
-from autoglm_edge.export.vision import plan_vision
+from autoglm_edge.export.source.checkpoint import Checkpoint
 from autoglm_edge.quantize.formats import BlockFormat, dequantize_rows, quantize_rows
 from autoglm_edge.quantize.recipe import Recipe
 from autoglm_edge.quantize.rule import Refinement, Rule
@@ -122,7 +122,9 @@ class _StopError(Exception):
 def test_an_interrupted_calibration_goes_on_to_the_same_bytes(
     stage: str, count: int, tiny: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("autoglm_edge.export.writer.SYNC_BYTES", 1)  # every weight is journalled at once
+    monkeypatch.setattr(
+        "autoglm_edge.export.weights.writer.SYNC_BYTES", 1
+    )  # every weight is journalled at once
     options: dict[str, Any] = {"precision": "int4-all", "refine": "gptq", "calibration": prompts}
     export(tiny, tmp_path / "whole", **options)
     seen: list[str] = []
@@ -258,7 +260,7 @@ def test_a_set_that_cannot_be_used_is_told_before_anything_is_written(tiny: Path
 def test_the_set_of_the_package_is_taken_where_none_is_named(
     tiny: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("autoglm_edge.export.preparation.built_in_set", lambda: prompts)
+    monkeypatch.setattr("autoglm_edge.export.calibrate.preparation.built_in_set", lambda: prompts)
 
     bundle = export(tiny, tmp_path / "out", refine="gptq")
 

@@ -21,7 +21,7 @@ from make_checkpoint import make_checkpoint
 from safetensors.numpy import save_file
 
 from autoglm_edge.errors import CheckpointError
-from autoglm_edge.export.tensors import INDEX_NAME, SINGLE_NAME, TensorStore
+from autoglm_edge.export.source.tensors import INDEX_NAME, SINGLE_NAME, TensorStore
 
 DTYPES = [np.float32, np.float16, ml_dtypes.bfloat16]
 

@@ -14,10 +14,10 @@ import pytest
 from numpy.typing import NDArray
 
 from autoglm_edge.errors import ExportError, QuantError
-from autoglm_edge.export import writer
-from autoglm_edge.export.integers import channel_pieces
-from autoglm_edge.export.plan import ITEM_BYTES, PartPlan, Piece, Weight, lay_out
-from autoglm_edge.export.writer import chunk_rows, in_flight_bytes, source_matrix, write_part
+from autoglm_edge.export.graphs.integers import channel_pieces
+from autoglm_edge.export.graphs.plan import ITEM_BYTES, PartPlan, Piece, Weight, lay_out
+from autoglm_edge.export.weights import writer
+from autoglm_edge.export.weights.writer import chunk_rows, in_flight_bytes, source_matrix, write_part
 from autoglm_edge.quantize.channels import ChannelFormat, quantize_channels
 from autoglm_edge.quantize.formats import BlockFormat, Quantized, quantize_rows
 from autoglm_edge.quantize.gptq import TILE_ROWS

@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from autoglm_edge.errors import CheckpointError
+from autoglm_edge.export.files import read_json
 
-from .files import read_json
 from .header import Entry, MappedFile
 
 SINGLE_NAME = "model.safetensors"

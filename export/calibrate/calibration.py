@@ -29,17 +29,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autoglm_edge.errors import ExportError
+from autoglm_edge.export.graphs.text import STEM as TEXT
+from autoglm_edge.export.graphs.text import plan_layer, plan_norm
+from autoglm_edge.export.graphs.vision import STEM as VISION
+from autoglm_edge.export.graphs.vision import plan_block, plan_stem, plan_top
+from autoglm_edge.export.source.config import ModelConfig
+from autoglm_edge.export.source.shapes import EMBEDDING, HEAD
+from autoglm_edge.export.weights.writer import Rows
 
 from .calibration_set import CalibrationSet, Sample
-from .config import ModelConfig
 from .gram import Gram
 from .probe import Floats, Probe
-from .shapes import EMBEDDING, HEAD
-from .text import STEM as TEXT
-from .text import plan_layer, plan_norm
-from .vision import STEM as VISION
-from .vision import plan_block, plan_stem, plan_top
-from .writer import Rows
 
 CHUNK = 512
 """Tokens that go through a decoder layer at once, as in the runtime's prefill."""

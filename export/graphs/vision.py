@@ -17,9 +17,9 @@ import onnx_ir as ir
 from onnxscript import GraphBuilder, nn
 from onnxscript._internal.builder import OpBuilder
 
+from autoglm_edge.export.source.checkpoint import ModelConfig, VisionConfig
 from autoglm_edge.quantize.recipe import PRESETS, Recipe
 
-from .checkpoint import ModelConfig, VisionConfig
 from .nn import (
     CONTRIB,
     IR_DTYPES,

@@ -16,11 +16,11 @@ from onnxscript import GraphBuilder, nn
 from onnxscript._internal.builder import OpBuilder
 
 from autoglm_edge.errors import ExportError
+from autoglm_edge.export.source.checkpoint import ModelConfig
 from autoglm_edge.quantize.channels import ChannelFormat
 from autoglm_edge.quantize.formats import BlockFormat
 from autoglm_edge.quantize.recipe import Recipe
 
-from .checkpoint import ModelConfig
 from .nn import CONTRIB, IR_DTYPES, Outputs, Signature, WeightBook, build_part, matmul_pieces
 from .plan import Action, Dtype, PartPlan, Piece, Weight
 

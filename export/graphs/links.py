@@ -18,8 +18,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from .config import ModelConfig
-from .shapes import HEAD
+from autoglm_edge.export.source.config import ModelConfig
+from autoglm_edge.export.source.shapes import HEAD
 
 
 @dataclass(frozen=True)

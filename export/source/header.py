@@ -17,8 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from autoglm_edge.errors import CheckpointError
-
-from .files import LFS_MAGIC, lfs_message
+from autoglm_edge.export.files import LFS_MAGIC, lfs_message
 
 MAX_HEADER_BYTES = 100_000_000
 """The limit that the safetensors library sets as well."""

@@ -19,12 +19,12 @@ import numpy as np
 
 from autoglm_edge.embedded import POCKET_NAME, pocket_path
 from autoglm_edge.errors import CheckpointError
+from autoglm_edge.export.files import CONFIG_NAME, GENERATION_NAME, read_bytes, read_json
 
 from . import hub
 from .companions import chat_template, check_tokenizer, side_files
 from .config import ModelConfig, TextConfig, VisionConfig
 from .family import ALREADY_QUANTIZED, check_family
-from .files import CONFIG_NAME, GENERATION_NAME, read_bytes, read_json
 from .processor import processor_settings
 from .shapes import EMBEDDING, HEAD, expected_tensors
 from .tensors import FLOATS, TensorStore

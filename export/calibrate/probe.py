@@ -20,11 +20,10 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from autoglm_edge.errors import ExportError
+from autoglm_edge.export.graphs.plan import PartPlan
+from autoglm_edge.export.weights.writer import Rows
 from autoglm_edge.runtime.machine.topology import usable_cores
 from autoglm_edge.runtime.session import shrinking_run
-
-from .plan import PartPlan
-from .writer import Rows
 
 Floats = NDArray[np.float32]
 

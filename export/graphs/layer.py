@@ -11,12 +11,12 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from autoglm_edge.export.source.config import ModelConfig
 from autoglm_edge.quantize.channels import ChannelFormat
 from autoglm_edge.quantize.formats import BlockFormat
 from autoglm_edge.quantize.recipe import Recipe, Rule
 from autoglm_edge.runtime.layerwise.index import LayerWeights, Matrix, Vector
 
-from .config import ModelConfig
 from .kv import KV
 from .plan import PartPlan, Weight
 from .text import STEM, plan_layer

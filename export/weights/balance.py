@@ -30,10 +30,10 @@ from threading import Lock
 import numpy as np
 from numpy.typing import NDArray
 
+from autoglm_edge.export.graphs.links import Link
+from autoglm_edge.export.graphs.plan import Dtype
 from autoglm_edge.runtime.machine.topology import usable_cores
 
-from .links import Link
-from .plan import Dtype
 from .writer import Rows
 
 SCAN_BYTES = 1 << 20

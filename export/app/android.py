@@ -29,13 +29,13 @@ from typing import Any
 import onnx
 
 from autoglm_edge.errors import ExportError
+from autoglm_edge.export.graphs.plan import ALIGNMENT
+from autoglm_edge.export.progress import Progress, ProgressEvent, silent
+from autoglm_edge.export.staging import MARGIN_BYTES, nearest_folder, sync_folder, write_file
 from autoglm_edge.runtime.bundle import Bundle
 from autoglm_edge.runtime.manifest import MANIFEST_NAME
 
 from .android_check import android_table, check_graph
-from .plan import ALIGNMENT
-from .progress import Progress, ProgressEvent, silent
-from .staging import MARGIN_BYTES, nearest_folder, sync_folder, write_file
 
 APP_NAME = "app.json"
 APP_VERSION = 1

@@ -19,8 +19,7 @@ from types import ModuleType
 from typing import Any, Protocol
 
 from autoglm_edge.errors import CheckpointError, DependencyError
-
-from .files import CONFIG_NAME, read_json
+from autoglm_edge.export.files import CONFIG_NAME, read_json
 
 PATTERNS = ("*.safetensors", "*.json", "*.jinja", "*.txt")
 SPARE_BYTES = 1_000_000_000

@@ -10,23 +10,23 @@ from collections.abc import Collection
 from dataclasses import replace
 
 from autoglm_edge.errors import ExportError, RequestError
+from autoglm_edge.export.contents import Job
+from autoglm_edge.export.graphs.embedding import plan_embedding
+from autoglm_edge.export.graphs.layer import plan_open_layer
+from autoglm_edge.export.graphs.links import channel_links
+from autoglm_edge.export.graphs.plan import PartPlan
+from autoglm_edge.export.graphs.text import plan_decoder, plan_prefill
+from autoglm_edge.export.graphs.vision import STEM as VISION
+from autoglm_edge.export.graphs.vision import plan_vision
+from autoglm_edge.export.options import ExportOptions
+from autoglm_edge.export.source.checkpoint import Checkpoint, ModelConfig
+from autoglm_edge.export.source.shapes import HEAD, expected_tensors
+from autoglm_edge.export.weights.balance import Balanced
+from autoglm_edge.export.weights.writer import Rows, source_matrix
 from autoglm_edge.runtime.manifest import ImageSpec
 
-from .balance import Balanced
 from .calibration_set import CalibrationSet, built_in_set, read_calibration
-from .checkpoint import Checkpoint, ModelConfig
-from .contents import Job
-from .embedding import plan_embedding
 from .kv_scales import KV_TOKENS
-from .layer import plan_open_layer
-from .links import channel_links
-from .options import ExportOptions
-from .plan import PartPlan
-from .shapes import HEAD, expected_tensors
-from .text import plan_decoder, plan_prefill
-from .vision import STEM as VISION
-from .vision import plan_vision
-from .writer import Rows, source_matrix
 
 
 def prepare(checkpoint: Checkpoint, options: ExportOptions) -> Job:

@@ -16,7 +16,8 @@ from typing import Any
 
 import onnx
 
-from .checkpoint import ModelConfig
+from autoglm_edge.export.source.checkpoint import ModelConfig
+
 from .plan import PartPlan
 
 GENAI_NAME = "genai_config.json"

@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from autoglm_edge.errors import CheckpointError
+from autoglm_edge.export.files import PREPROCESSOR_NAME, PROCESSOR_NAME, json_object, read_json
+from autoglm_edge.export.settings import MAX_NUMBER, Settings
 from autoglm_edge.runtime.manifest import ImageSpec
-
-from .files import PREPROCESSOR_NAME, PROCESSOR_NAME, json_object, read_json
-from .settings import MAX_NUMBER, Settings
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)

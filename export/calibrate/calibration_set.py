@@ -23,6 +23,9 @@ from numpy.typing import NDArray
 
 from autoglm_edge.embedded import pocket_path
 from autoglm_edge.errors import ContextLengthError, ExportError, ImageError, PromptError, RequestError
+from autoglm_edge.export.files import SPECIAL_TOKENS_NAME, TEMPLATE_NAME, TOKENIZER_CONFIG_NAME
+from autoglm_edge.export.source.checkpoint import Checkpoint
+from autoglm_edge.export.source.config import ModelConfig
 from autoglm_edge.runtime.manifest import Calibration
 from autoglm_edge.runtime.prompt.build import build_prompt, prompt_ids
 from autoglm_edge.runtime.prompt.image import PatchedImage
@@ -30,10 +33,6 @@ from autoglm_edge.runtime.prompt.messages import Message, TextPart, read_message
 from autoglm_edge.runtime.prompt.questions import Question, read_questions
 from autoglm_edge.runtime.prompt.template import ChatTemplate
 from autoglm_edge.runtime.prompt.tokenizer import Tokenizer
-
-from .checkpoint import Checkpoint
-from .config import ModelConfig
-from .files import SPECIAL_TOKENS_NAME, TEMPLATE_NAME, TOKENIZER_CONFIG_NAME
 
 MAX_TOKENS = 8192
 """Tokens of a set, prompts, pictures and answers together."""

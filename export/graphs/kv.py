@@ -31,7 +31,8 @@ import onnx_ir as ir
 from onnxscript import nn
 from onnxscript._internal.builder import OpBuilder
 
-from .config import TextConfig
+from autoglm_edge.export.source.config import TextConfig
+
 from .nn import CONTRIB, WeightBook
 from .plan import Piece, Weight
 

@@ -30,14 +30,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autoglm_edge.errors import ExportError
+from autoglm_edge.export.graphs.kv import SCALE_NAMES
+from autoglm_edge.export.graphs.text import STEM, plan_layer
+from autoglm_edge.export.source.config import ModelConfig
+from autoglm_edge.export.weights.writer import Rows
 
 from .calibration import CHUNK, first_states, run_layer
 from .calibration_set import CalibrationSet
-from .config import ModelConfig
-from .kv import SCALE_NAMES
 from .probe import Floats, Probe
-from .text import STEM, plan_layer
-from .writer import Rows
 
 KV_TOKENS = 4096
 """Tokens of a set that are run: a largest value needs fewer than a sum of squares does."""

@@ -10,9 +10,7 @@ import json
 from pathlib import Path
 
 from autoglm_edge.errors import CheckpointError
-
-from .config import ModelConfig
-from .files import (
+from autoglm_edge.export.files import (
     CONFIG_NAME,
     GENERATION_NAME,
     PREPROCESSOR_NAME,
@@ -24,6 +22,8 @@ from .files import (
     read_bytes,
     read_json,
 )
+
+from .config import ModelConfig
 from .processor import processor_settings
 
 COPIED = (CONFIG_NAME, GENERATION_NAME, TOKENIZER_NAME, TOKENIZER_CONFIG_NAME, SPECIAL_TOKENS_NAME)

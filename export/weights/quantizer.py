@@ -15,13 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autoglm_edge.errors import ExportError
+from autoglm_edge.export.calibrate.gram import Gram
+from autoglm_edge.export.graphs.plan import Weight
 from autoglm_edge.quantize.channels import ChannelFormat, QuantizedChannels, quantize_channels
 from autoglm_edge.quantize.formats import BlockFormat, Quantized, ScaleDtype, quantize_rows
 from autoglm_edge.quantize.gptq import GptqFactor, factor, gptq_rows
 from autoglm_edge.quantize.refine import search_rows
-
-from .gram import Gram
-from .plan import Weight
 
 RowsToIntegers = Callable[[NDArray[np.float32]], Quantized | QuantizedChannels]
 """Float32 rows (n, K) to integers. Rows do not depend on each other; called from several threads at once."""

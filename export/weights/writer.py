@@ -25,13 +25,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autoglm_edge.errors import ExportError, QuantError
+from autoglm_edge.export.calibrate.gram import PANEL
+from autoglm_edge.export.graphs.plan import PartPlan, Piece, Weight
 from autoglm_edge.quantize.channels import ChannelFormat, QuantizedChannels
 from autoglm_edge.quantize.formats import BlockFormat
 from autoglm_edge.quantize.gptq import TILE_ROWS
 from autoglm_edge.runtime.machine.topology import usable_cores
 
-from .gram import PANEL
-from .plan import PartPlan, Piece, Weight
 from .quantizer import Quantizer, RecipeQuantizer, RowsToIntegers
 
 BUDGET_BYTES = 32 << 20

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+from autoglm_edge.export.graphs.plan import Weight
+from autoglm_edge.export.graphs.vision import STEM as VISION
+from autoglm_edge.export.source.config import ModelConfig
+
 from .calibration import CHUNK
 from .calibration_set import CalibrationSet
-from .config import ModelConfig
 from .gram import PANEL, gram_bytes
-from .plan import Weight
-from .vision import STEM as VISION
 
 _SAME_INPUT = ("k_proj.weight", "v_proj.weight", "up_proj.weight")
 """Matrices whose input is that of the one before; of the decoder's, gate_up_proj is one matrix."""

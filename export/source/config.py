@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from autoglm_edge.errors import CheckpointError
+from autoglm_edge.export.files import CONFIG_NAME, GENERATION_NAME
+from autoglm_edge.export.settings import MAX_NUMBER, Settings
 from autoglm_edge.runtime.manifest import ImageSpec, TokenSpec
 
-from .files import CONFIG_NAME, GENERATION_NAME
 from .processor import image_spec
-from .settings import MAX_NUMBER, Settings
 
 SAMPLING_LIMITS = {
     "temperature": (0.0, 2.0),

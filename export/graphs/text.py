@@ -25,9 +25,9 @@ import onnx_ir as ir
 from onnxscript import GraphBuilder, nn
 from onnxscript._internal.builder import OpBuilder
 
+from autoglm_edge.export.source.checkpoint import ModelConfig, TextConfig
 from autoglm_edge.quantize.recipe import PRESETS, Recipe
 
-from .checkpoint import ModelConfig, TextConfig
 from .kv import KV, FloatCache, Int8Cache, Lengths, Reading, count_rows
 from .nn import (
     IR_DTYPES,
