@@ -4,7 +4,7 @@ Each extra is installed by pip into an empty folder of its own, dependencies inc
 up (1 MB = 1,000,000 bytes, byte code of the installed modules included). The folder is removed afterwards.
 Prints a table; the last line of stdout is one JSON document.
 
-    python benchmarks/install_size.py                      # plain, export, parity, optimum
+    python benchmarks/install_size.py                      # plain, export, server, parity, optimum
     python benchmarks/install_size.py parity --torch-index https://download.pytorch.org/whl/cpu
 
 torch is pinned to what the tests use; `--torch torch` takes the newest. Whether its build holds CUDA
@@ -21,18 +21,17 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import tomllib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-EXTRAS = ("plain", "export", "parity", "optimum")
+EXTRAS = ("plain", "export", "server", "parity", "optimum")
 NEEDS_TORCH = ("parity", "optimum")
 TORCH = "torch==2.13.0"
 # What the build reads; a copy keeps its build folders out of the repository.
-SOURCES = (
-    *("autoglm_edge", "export", "quantize", "runtime", "optimum"),
-    *("pyproject.toml", "README.md", "LICENSE"),
-)
+FILES = ("pyproject.toml", "README.md", "LICENSE")
+"""What an installation needs beside the folders that pyproject.toml maps."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +94,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="install-size-source-") as folder:
         source = Path(folder) / "autoglm-edge"
         source.mkdir()
-        for name in SOURCES:
+        project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+        mapped = project["tool"]["setuptools"]["package-dir"].values()
+        for name in (*sorted({Path(folder).parts[0] for folder in mapped}), *FILES):
             path = ROOT / name
             if path.is_dir():
                 shutil.copytree(path, source / name, ignore=shutil.ignore_patterns("__pycache__", "*.pyc"))
