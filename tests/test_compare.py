@@ -322,7 +322,8 @@ def test_a_replay_reuses_what_prompts_share_and_decodes_as_many_tokens_as_asked(
     checkpoint_of: Callable[..., Path], bundle_of: Callable[..., Path], tmp_path: Path
 ) -> None:
     bundle = bundle_of(checkpoint_of("tiny", dtype="float32"), "int4")
-    short = {**session(), "system": ["Operate the phone. " * 20]}
+    # Long enough that every prompt is read by the same graph; what another graph computed is not reused.
+    short = {**session(), "system": ["Operate the phone. " * 60]}
     path = tmp_path / "session.json"
     path.write_text(json.dumps(short), encoding="utf-8")
     options = SimpleNamespace(session=path, steps=3, cold_steps=1, tokens=5, threads=1)
