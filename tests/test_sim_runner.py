@@ -253,7 +253,8 @@ def test_a_child_cannot_raise_its_resource_limit() -> None:
 
 
 RUNNER = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job is born without it
 from autoglm_edge.android_sim.budget import Budget
 from autoglm_edge.android_sim.limits.enforcement import choose_enforcement
 from autoglm_edge.android_sim.run.runner import run_inside
