@@ -9,12 +9,14 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from autoglm_edge.measure.figures import columns
+
 from .budget import Budget
 from .device import Device
 from .forecast import Forecast
 from .need import PHASES
 from .projection import Projection
-from .report.words import columns, plain, projection_rows, reach_rows, size
+from .report.words import plain, projection_rows, reach_rows, size
 from .simulation import Subject
 from .verdict import LABELS
 

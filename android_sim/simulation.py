@@ -9,6 +9,7 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from autoglm_edge.measure.figures import columns
 from autoglm_edge.measure.machine import Machine
 from autoglm_edge.runtime.bundle import Bundle
 
@@ -17,7 +18,7 @@ from .device import Device
 from .forecast import Forecast, PhaseError
 from .need import PHASES
 from .projection import Projection
-from .report.words import columns, parity_text, plain, projection_rows, reach_rows, size
+from .report.words import parity_text, plain, projection_rows, reach_rows, size
 from .trace import ParityResult, Trace
 from .verdict import LABELS, Verdict
 

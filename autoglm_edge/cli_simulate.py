@@ -263,7 +263,7 @@ def _refuse_others(ctx: click.Context, taken: Sequence[str]) -> None:
 
 def _print_devices(as_json: bool) -> None:
     from autoglm_edge.android_sim.device import list_devices as built_in
-    from autoglm_edge.android_sim.report.words import columns
+    from autoglm_edge.measure.figures import columns
 
     devices = built_in()
     rows = [("id", "name", "app, visible", "app, service", "memory GB/s", "storage MB/s")]

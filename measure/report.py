@@ -6,12 +6,12 @@ In: times, limits, memory. Out: `BenchReport`, which gives JSON and lines for pe
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from .bandwidth import Limits
-from .figures import Times, rounded
+from .figures import Times, columns, rounded
 from .machine import Machine
 from .memory import Memory
 
@@ -203,7 +203,7 @@ class BenchReport:
         for image in self.images:
             rate = f"{image.tokens / image.times.median_s:.1f} tokens"
             rows.append((f"image of {image.tokens}", *_times(image.times), rate, ""))
-        lines = _columns(rows)
+        lines = columns(rows)
         limits = self.limits
         lines += [
             "",
@@ -217,7 +217,7 @@ class BenchReport:
         memory: list[tuple[str, ...]] = [("peak memory", "anonymous", "mapped from files", "swapped")]
         for name, value in self.memory.items():
             memory.append((name, *map(_gigabytes, (value.anon_bytes, value.file_bytes, value.swap_bytes))))
-        lines += _columns(memory)
+        lines += columns(memory)
         lines += [f"left out  {reason}" for reason in self.left_out]
         return "\n".join(lines)
 
@@ -244,13 +244,3 @@ def _gigabytes(value: int | None) -> str:
     if value is None:
         return "not available"
     return f"{value / 1e9:.2f} GB" if value >= 1e8 else f"{value / 1e6:.1f} MB"
-
-
-def _columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    widths = [max(len(row[index]) for row in rows) for index in range(len(rows[0]))]
-    lines = []
-    for row in rows:
-        cells = [f"{row[0]:<{widths[0]}}"]
-        cells += [f"{cell:>{width}}" for cell, width in zip(row[1:], widths[1:], strict=True)]
-        lines.append("  ".join(cells).rstrip())
-    return lines

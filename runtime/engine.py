@@ -167,8 +167,19 @@ class Engine:
         """
         return self._runner.plan
 
-    def prompt(self, messages: Sequence[Mapping[str, Any]], *, max_tokens: int = 1) -> Prompt:
+    def prompt(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        max_tokens: int = 1,
+        variables: Mapping[str, Any] | None = None,
+    ) -> Prompt:
         """Messages as the model will see them: ids, patched images and positions.
+
+        Args:
+            messages: as in `chat`.
+            max_tokens: room to leave for the answer.
+            variables: more variables for the template.
 
         Raises:
             RequestError: a message or an image is wrong.
@@ -181,6 +192,7 @@ class Engine:
             image=self.image,
             tokens=self.bundle.manifest.tokens,
             image_layout=self.image_layout,
+            variables=variables,
             context=self.context,
             max_tokens=max_tokens,
         )

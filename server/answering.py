@@ -19,8 +19,7 @@ import numpy as np
 from autoglm_edge.errors import ContextLengthError, PromptError, RequestError
 from autoglm_edge.runtime.answer import Delta
 from autoglm_edge.runtime.engine import Engine
-from autoglm_edge.runtime.prompt.build import Prompt, build_prompt, prompt_from_ids
-from autoglm_edge.runtime.prompt.messages import read_messages
+from autoglm_edge.runtime.prompt.build import Prompt, prompt_from_ids
 from autoglm_edge.runtime.sampling import SamplingParams
 
 from .thinking import SKIP
@@ -119,17 +118,7 @@ class ServedEngine(Engine):
         has_switch = _SWITCH.search(self.template.source) is not None
         variables = {"enable_thinking": thinking} if has_switch and thinking is not None else None
         begun = self._begin_of_answer() if thinking is False and not has_switch else []
-        prompt = build_prompt(
-            read_messages(messages),
-            tokenizer=self.tokenizer,
-            template=self.template,
-            image=self.image,
-            tokens=self.bundle.manifest.tokens,
-            image_layout=self.image_layout,
-            variables=variables,
-            context=self.context,
-            max_tokens=max_tokens + len(begun),
-        )
+        prompt = self.prompt(messages, max_tokens=max_tokens + len(begun), variables=variables)
         return _extend(prompt, begun) if begun else prompt
 
     def text_prompt(self, text: str, *, max_tokens: int) -> Prompt:

@@ -23,12 +23,13 @@ from autoglm_edge.android_sim.report.canvas import PngCanvas, SvgCanvas
 from autoglm_edge.android_sim.report.matrix import Matrix
 from autoglm_edge.android_sim.report.page import html_page
 from autoglm_edge.android_sim.report.timeline import WIDTH, draw, draw_png, draw_svg, thinned, ticks
-from autoglm_edge.android_sim.report.words import columns, size
+from autoglm_edge.android_sim.report.words import size
 from autoglm_edge.android_sim.simulation import Simulation, Subject
 from autoglm_edge.android_sim.trace import ParityResult, Trace
 from autoglm_edge.android_sim.verdict import classify
 from autoglm_edge.embedded import pocket_path
 from autoglm_edge.errors import SimulationError
+from autoglm_edge.measure.figures import columns
 from autoglm_edge.measure.machine import this_machine
 from autoglm_edge.runtime.bundle import Bundle
 

@@ -14,8 +14,9 @@ from autoglm_edge.android_sim.planned import Planned
 from autoglm_edge.android_sim.projection import Range
 from autoglm_edge.android_sim.simulation import Simulation
 from autoglm_edge.android_sim.verdict import LABELS
+from autoglm_edge.measure.figures import columns
 
-from .words import columns, size
+from .words import size
 
 _HEAD = ("device", "state", "limit")
 

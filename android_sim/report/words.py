@@ -7,7 +7,6 @@ nothing.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -47,17 +46,6 @@ def parity_text(parity: ParityResult) -> str:
         f"mean KL {parity.kl_mean:.3g}, same likeliest token {100 * parity.top1_agreement:.2f} % of "
         f"{parity.positions}, {parity.same_answers} of {parity.cases} answers the same{taps}{faults}"
     )
-
-
-def columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    """A table of text: the first column to the left, the others to the right."""
-    widths = [max(len(row[index]) for row in rows) for index in range(len(rows[0]))]
-    lines = []
-    for row in rows:
-        cells = [f"{row[0]:<{widths[0]}}"]
-        cells += [f"{cell:>{width}}" for cell, width in zip(row[1:], widths[1:], strict=True)]
-        lines.append("  ".join(cells).rstrip())
-    return lines
 
 
 def size(count: float) -> str:
