@@ -30,8 +30,8 @@ from autoglm_edge.errors import RequestError
 
 if TYPE_CHECKING:
     from autoglm_edge.runtime.reuse.options import ReuseOptions
-    from autoglm_edge.server.answering import Answering
     from autoglm_edge.server.settings import Settings
+    from autoglm_edge.server.work.answering import Answering
 
 KEY_VARIABLE = "AUTOGLM_API_KEY"
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
@@ -285,7 +285,7 @@ def serve(
 
     def load() -> Answering:
         from autoglm_edge.runtime.session import SessionOptions
-        from autoglm_edge.server.answering import ServedEngine
+        from autoglm_edge.server.work.answering import ServedEngine
 
         progress = ProgressLine()
         engine = ServedEngine(
@@ -326,8 +326,8 @@ def _settings(
     Raises:
         click.UsageError: they contradict each other, or would serve a network without a key.
     """
-    from autoglm_edge.server.access import LOCAL_NAMES, Keys, check_exposure, is_loopback, read_key_file
-    from autoglm_edge.server.fetch import ImageFetcher
+    from autoglm_edge.server.asking.fetch import ImageFetcher
+    from autoglm_edge.server.gate.access import LOCAL_NAMES, Keys, check_exposure, is_loopback, read_key_file
     from autoglm_edge.server.limits import Limits
     from autoglm_edge.server.settings import Settings, model_names
 

@@ -16,12 +16,12 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Route
 
-from .body import Receive, read_body
-from .forms import Telling
-from .guard import ABOUT, About, App, Guard, shielded
+from .asking.body import Receive, read_body
+from .gate.guard import ABOUT, About, App, Guard, shielded
 from .metrics import TYPE
 from .problem import ApiError
-from .responses import Reply, Send, document, to_bytes
+from .replying.forms import Telling
+from .replying.responses import Reply, Send, document, to_bytes
 from .service import Kind, Service
 
 

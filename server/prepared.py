@@ -14,10 +14,10 @@ from autoglm_edge.errors import EdgeError
 from autoglm_edge.runtime.prompt.build import Prompt
 from autoglm_edge.runtime.sampling import Sampler
 
-from .answering import Answering, Wanted
-from .asked import COMPLETION_TOKENS, ChatAsked, TextAsked
-from .options import Options
+from .asking.asked import COMPLETION_TOKENS, ChatAsked, TextAsked
+from .asking.options import Options
 from .problem import problem_of
+from .work.answering import Answering, Wanted
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,7 +18,7 @@ import uvicorn
 from autoglm_edge.errors import DeviceError
 
 from .app import make_app
-from .protocol import BoundedProtocol
+from .gate.protocol import BoundedProtocol
 from .service import Service
 
 CONNECTIONS = 512

@@ -19,23 +19,23 @@ from typing import Any, Literal, TypeVar
 
 from autoglm_edge.errors import EdgeError
 
-from .answering import Answering
-from .asked import (
+from .asking.asked import (
     read_chat,
     read_completion,
     read_detokenize,
     read_generate,
     read_tokenize,
 )
-from .body import parse_json
-from .forms import ChatForm, Form, Frame, GenerateForm, Telling, TextForm
+from .asking.body import parse_json
+from .asking.options import Options
 from .metrics import Metrics
-from .options import Options
 from .prepared import Prepared, prepare_chat, prepare_text
 from .problem import ApiError, problem_of, refuse
-from .responses import EventStream, PatientDocument
-from .scheduler import LOG, Scheduler, stopping, trace_of
+from .replying.forms import ChatForm, Form, Frame, GenerateForm, Telling, TextForm
+from .replying.responses import EventStream, PatientDocument
 from .settings import Settings
+from .work.answering import Answering
+from .work.scheduler import LOG, Scheduler, stopping, trace_of
 
 PREPARING_THREADS = 2
 """Pictures that are unpacked at the same time; the engine wants the cores, too."""

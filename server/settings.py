@@ -11,10 +11,10 @@ from pathlib import Path
 
 from autoglm_edge.errors import RequestError
 
-from .access import LOCAL_NAMES, Keys
-from .content import Fetch
+from .asking.content import Fetch
+from .gate.access import LOCAL_NAMES, Keys
 from .limits import Limits
-from .responses import PATIENCE_SECONDS, PING_SECONDS
+from .replying.responses import PATIENCE_SECONDS, PING_SECONDS
 
 AGENT_NAME = "autoglm-phone-9b"
 """What the phone agent's client asks for unless it is told otherwise."""

@@ -25,10 +25,10 @@ from autoglm_edge.errors import ContextLengthError, PromptError
 from autoglm_edge.runtime.answer import Delta, Timings, Usage
 from autoglm_edge.runtime.prompt.build import Prompt
 from autoglm_edge.runtime.prompt.messages import read_messages
-from autoglm_edge.server.answering import Answering, Wanted
 from autoglm_edge.server.run import Server, bind, url_of
 from autoglm_edge.server.service import Service
 from autoglm_edge.server.settings import Settings
+from autoglm_edge.server.work.answering import Answering, Wanted
 
 NAMES = ("pocket", "autoglm-phone-9b")
 CHAT = "/v1/chat/completions"

@@ -52,6 +52,9 @@ THIRD_PARTY = {
     "measure": {"numpy", "onnxruntime", "PIL"},
     "android_sim": {"numpy", "onnxruntime", "PIL"},
     "server": {"numpy", "PIL", "fastapi", "starlette", "uvicorn"},
+    "offline": {"numpy", "PIL"},
+    "cluster": {"ray"},
+    "speech": {"numpy", "torch", "whisper"},
     "": {"click", "numpy", "PIL"},
 }
 INTERNAL = {
@@ -90,7 +93,20 @@ INTERNAL = {
         "autoglm_edge.parity",
         "autoglm_edge.runtime",
     ),
-    "server": ("autoglm_edge.errors", "autoglm_edge.measure.memory", "autoglm_edge.runtime"),
+    "server": (
+        "autoglm_edge.errors",
+        "autoglm_edge.measure.memory",
+        "autoglm_edge.runtime",
+        "autoglm_edge.speech",
+    ),
+    "offline": ("autoglm_edge.errors", "autoglm_edge.runtime", "autoglm_edge.server"),
+    "cluster": (
+        "autoglm_edge.errors",
+        "autoglm_edge.offline",
+        "autoglm_edge.runtime",
+        "autoglm_edge.server",
+    ),
+    "speech": ("autoglm_edge.errors",),
     "": ("autoglm_edge",),
 }
 RECORDER = "torch_model.py"  # of parity/: where the original model is asked

@@ -24,7 +24,7 @@ from autoglm_edge.runtime.bundle import Bundle
 from autoglm_edge.runtime.engine import Engine
 from autoglm_edge.runtime.reuse.options import ReuseOptions
 from autoglm_edge.runtime.session import SessionOptions
-from autoglm_edge.server.answering import ServedEngine
+from autoglm_edge.server.work.answering import ServedEngine
 
 openai = pytest.importorskip("openai")
 

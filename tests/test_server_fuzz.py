@@ -27,8 +27,8 @@ from server_fixtures import CHAT, Live, data_uri, png, running, wait_until
 from autoglm_edge.embedded import pocket_path
 from autoglm_edge.runtime.bundle import Bundle
 from autoglm_edge.runtime.session import SessionOptions
-from autoglm_edge.server.answering import ServedEngine
 from autoglm_edge.server.limits import Limits
+from autoglm_edge.server.work.answering import ServedEngine
 
 REQUESTS = int(os.environ.get("AUTOGLM_FUZZ_REQUESTS", "2000"))
 SEED = int(os.environ.get("AUTOGLM_FUZZ_SEED", "6"))

@@ -24,9 +24,9 @@ from server_fixtures import (
     text_of,
 )
 
-from autoglm_edge.server.access import Keys
+from autoglm_edge.server.asking.options import NOTED, UNSUPPORTED
+from autoglm_edge.server.gate.access import Keys
 from autoglm_edge.server.limits import Limits
-from autoglm_edge.server.options import NOTED, UNSUPPORTED
 
 PICTURE = png(Image.new("RGB", (56, 56), "red"))
 

@@ -18,8 +18,9 @@ from PIL import Image
 from server_fixtures import CHAT, ScriptedEngine, png, running
 
 from autoglm_edge.errors import DeviceError, RequestError
-from autoglm_edge.server import protocol
-from autoglm_edge.server.access import (
+from autoglm_edge.server.asking.fetch import ImageFetcher, is_public
+from autoglm_edge.server.gate import protocol
+from autoglm_edge.server.gate.access import (
     Keys,
     check_exposure,
     host_name,
@@ -27,7 +28,6 @@ from autoglm_edge.server.access import (
     is_loopback,
     read_key_file,
 )
-from autoglm_edge.server.fetch import ImageFetcher, is_public
 from autoglm_edge.server.gpu_memory import read_gpu_memory
 from autoglm_edge.server.limits import Limits
 from autoglm_edge.server.metrics import Metrics

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from server_fixtures import CHAT, HI, ScriptedEngine, events_of, running, wait_until
 
 from autoglm_edge.errors import BundleError
-from autoglm_edge.server.fair_queue import FairQueue
 from autoglm_edge.server.limits import Limits
+from autoglm_edge.server.work.fair_queue import FairQueue
 
 
 @pytest.fixture

@@ -15,10 +15,11 @@ import json
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from typing import Any
 
-from .body import Receive
+from autoglm_edge.server.asking.body import Receive
+from autoglm_edge.server.problem import ApiError
+from autoglm_edge.server.work.scheduler import Step, Ticket
+
 from .forms import Telling
-from .problem import ApiError
-from .scheduler import Step, Ticket
 
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 

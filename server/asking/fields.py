@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from .problem import ApiError, refuse
+from autoglm_edge.server.problem import ApiError, refuse
 
 
 class Fields:

@@ -12,12 +12,13 @@ from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
+from autoglm_edge.server.asking.body import ClientGoneError, Receive, drain
+from autoglm_edge.server.problem import ApiError, internal
+from autoglm_edge.server.replying.responses import CutOffError, Send, problem_reply
+from autoglm_edge.server.service import Service
+from autoglm_edge.server.work.scheduler import LOG, trace_of
+
 from .access import is_expected_host
-from .body import ClientGoneError, Receive, drain
-from .problem import ApiError, internal
-from .responses import CutOffError, Send, problem_reply
-from .scheduler import LOG, trace_of
-from .service import Service
 
 App = Callable[[Any, Receive, Send], Awaitable[None]]
 

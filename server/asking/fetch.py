@@ -22,9 +22,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from autoglm_edge.errors import RequestError
+from autoglm_edge.server.problem import ApiError
 
 from .fields import shown
-from .problem import ApiError
 
 MAX_URL = 2048
 MAX_REDIRECTS = 3

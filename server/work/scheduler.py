@@ -20,10 +20,10 @@ from typing import Protocol
 
 from autoglm_edge.errors import EdgeError
 from autoglm_edge.runtime.answer import Delta
+from autoglm_edge.server.problem import ApiError, internal, problem_of
 
 from .answering import Answering, Wanted
 from .fair_queue import FairQueue
-from .problem import ApiError, internal, problem_of
 
 LOG = logging.getLogger("autoglm_edge.server")
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from autoglm_edge.server.limits import Limits
+from autoglm_edge.server.problem import ApiError, refuse
+
 from .content import Fetch, check_text, read_conversation, read_images
 from .fields import Fields, kind_of, shown, wrong_type
-from .limits import Limits
 from .options import Options, read_options
-from .problem import ApiError, refuse
 
 COMPLETION_TOKENS = 16
 """Of /v1/completions if nothing is said, as OpenAI has it."""

@@ -19,10 +19,10 @@ from typing import Any
 from PIL import Image, UnidentifiedImageError
 
 from autoglm_edge.runtime.prompt.image import FORMATS
+from autoglm_edge.server.limits import Limits
+from autoglm_edge.server.problem import ApiError, refuse
 
 from .fields import kind_of, shown
-from .limits import Limits
-from .problem import ApiError, refuse
 
 Fetch = Callable[[str], bytes]
 

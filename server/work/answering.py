@@ -21,8 +21,7 @@ from autoglm_edge.runtime.answer import Delta
 from autoglm_edge.runtime.engine import Engine
 from autoglm_edge.runtime.prompt.build import Prompt, prompt_from_ids
 from autoglm_edge.runtime.sampling import SamplingParams
-
-from .thinking import SKIP
+from autoglm_edge.server.thinking import SKIP
 
 _SWITCH = re.compile(r"\benable_thinking\b")
 

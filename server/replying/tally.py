@@ -9,8 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from autoglm_edge.runtime.answer import Delta, Timings, Usage
-
-from .thinking import ThinkingSplitter
+from autoglm_edge.server.thinking import ThinkingSplitter
 
 FINISH = {"stop": "stop", "length": "length", "cancelled": "stop"}
 """A cancelled answer is never sent to its end; the name stands here for completeness."""

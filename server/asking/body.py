@@ -13,9 +13,10 @@ import json
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, NoReturn
 
+from autoglm_edge.server.limits import Limits
+from autoglm_edge.server.problem import ApiError, refuse
+
 from .fields import shown
-from .limits import Limits
-from .problem import ApiError, refuse
 
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 

@@ -11,10 +11,10 @@ from typing import Any
 
 from autoglm_edge.errors import RequestError
 from autoglm_edge.runtime.sampling import SamplingParams
+from autoglm_edge.server.limits import Limits
+from autoglm_edge.server.problem import ApiError, problem_of, refuse
 
 from .fields import Fields, kind_of, shown, wrong_type
-from .limits import Limits
-from .problem import ApiError, problem_of, refuse
 
 NUMBERS = (
     "temperature",

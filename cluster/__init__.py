@@ -1,0 +1,1 @@
+"""The same work on many processes and machines, by Ray."""

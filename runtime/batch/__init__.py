@@ -1,0 +1,1 @@
+"""Several answers at once: slots of one cache, decoded together."""
