@@ -30,7 +30,7 @@ from autoglm_edge.measure.figures import rounded
 from autoglm_edge.measure.machine import this_machine
 from autoglm_edge.runtime.answer import Clock
 from autoglm_edge.runtime.bundle import Bundle
-from autoglm_edge.runtime.generation import Drafter, generate
+from autoglm_edge.runtime.generation import Drafter, Generation
 from autoglm_edge.runtime.model import Model
 from autoglm_edge.runtime.plan import PREFILL_CHUNK
 from autoglm_edge.runtime.prompt.build import prompt_ids
@@ -93,20 +93,24 @@ def fill(runner: Runner, ids: NDArray[np.int64], random: np.random.Generator) ->
 
 def decode(runner: Runner, ids: NDArray[np.int64], answer: list[int], pace: Pace, lookup: Lookup) -> Clock:
     """Decode an answer; the clock knows what it took."""
-    drafter = Drafter(ids, pace, lookup)
     clock = Clock()
-    scores = np.zeros(1, np.float32)
-    sampled = generate(
-        runner,
-        scores,
+    generation = Generation(
+        runner.sequence,
+        np.zeros(1, np.float32),
         len(ids),
         sampler=Recorded(answer),
-        drafter=drafter,
+        drafter=Drafter(ids, pace, lookup),
         budget=len(answer),
-        cancelled=lambda: False,
         clock=clock,
     )
-    if list(sampled) != answer:
+    sampled = [generation.sample()]
+    while not generation.done:
+        if not generation.ready:
+            run, started = generation.next_run(), time.perf_counter()
+            rows = runner.feed(runner.sequence, run, generation.position)
+            generation.ran(rows, 1e3 * (time.perf_counter() - started))
+        sampled.append(generation.sample())
+    if sampled != answer:
         raise SystemExit("the loop gave other tokens than the recorded ones")
     return clock
 

@@ -49,9 +49,11 @@ def fed(engine: Engine, count: int) -> np.ndarray:
     """Logits (FED, V) of tokens after the prompt, so many in a run."""
     prefilled(engine, WHOLE)
     ids = np.random.default_rng(0).integers(100, 400, FED).tolist()
-    position = int(engine._runner.sequence.keys[-1, 1]) + 1
+    runner = engine._runner
+    position = int(runner.sequence.keys[-1, 1]) + 1
     rows = [
-        engine._runner.feed(ids[start : start + count], position + start) for start in range(0, FED, count)
+        runner.feed(runner.sequence, ids[start : start + count], position + start)
+        for start in range(0, FED, count)
     ]
     return np.concatenate(rows)
 

@@ -1,6 +1,6 @@
 """The engine: messages in, an answer out, a delta per token.
 
-    messages ─ prompt (template, images, positions) ─ runner (reuse, prefill) ─ generation (sample, decode) ─
+    messages ─ prompt (template, images, positions) ─ batch (runner: reuse, prefill, decode; sampling) ─
     deltas of text
 
 In: a bundle. Out: `Delta`s, logits or token ids. Knows no model family, no HTTP and no files beside the
@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from numbers import Integral
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,9 +23,11 @@ from PIL import Image
 
 from autoglm_edge.errors import BundleError, ContextLengthError, RequestError
 
-from .answer import Clock, Delta, Usage
+from .answer import Clock, Delta
+from .batch.batch import Batch, Job
 from .bundle import Bundle
-from .generation import Cancel, Drafter, generate
+from .generation import Cancel
+from .grammar import ANY_OBJECT, Grammar, Grammars
 from .machine.prepared import Tell
 from .model import Model
 from .plan import ModelPlan
@@ -34,7 +36,6 @@ from .prompt.image import PatchedImage
 from .prompt.messages import read_messages
 from .prompt.template import IMAGE_LAYOUTS, ChatTemplate, ImageLayout
 from .prompt.tokenizer import Tokenizer
-from .reply import reply
 from .reuse.options import ReuseOptions
 from .reuse.pace import BLOCK_COSTS, INTEGER_COSTS, Pace
 from .runner import make_runner
@@ -44,18 +45,21 @@ from .stops import StopText, read_stops
 
 DEFAULT_CONTEXT = 25480
 """Tokens held unless asked otherwise: what the reference deployment of the phone agent serves."""
+MOST_ANSWERS = 64
+"""That a batch may give at a time."""
 GUARD_STOPS = ("</answer>",)
 """Never part of an answer: agents parse what stands before it, and a trailing one breaks their parser."""
 
 
 class Engine:
-    """A loaded bundle. A context manager; one answer at a time.
+    """A loaded bundle. A context manager; one answer at a time, or a `batch` of them.
 
     Attributes:
         bundle: what was loaded.
         tokenizer: of the bundle.
         context: tokens that prompt and answer may have together.
         reuse: what is kept between answers.
+        concurrency: answers that a batch gives at a time.
     """
 
     def __init__(
@@ -67,6 +71,7 @@ class Engine:
         image_layout: ImageLayout = "plain",
         max_image_tokens: int | None = None,
         reuse: ReuseOptions | None = None,
+        concurrency: int = 1,
         tell: Tell | None = None,
     ) -> None:
         """Open the sessions.
@@ -79,6 +84,8 @@ class Engine:
                 puts a newline between them, as vLLM's string content format does.
             max_image_tokens: most tokens of a picture; lowers the bundle's pixel budget, never raises it.
             reuse: what is kept between answers, and whether answers are drafted; default ReuseOptions().
+            concurrency: answers that a batch gives at a time; each has a cache of `context` tokens, whose
+                memory is taken as it fills.
             tell: told when weights are prepared for this machine first, which takes long; default the log.
 
         Raises:
@@ -108,10 +115,21 @@ class Engine:
         _check_ids(bundle, self.tokenizer)
         self.template = ChatTemplate.from_folder(bundle.path)
         self.reuse = reuse or ReuseOptions()
+        if not (_is_whole(concurrency) and 1 <= concurrency <= MOST_ANSWERS):
+            raise RequestError(f"concurrency is {concurrency!r}, must be an integer from 1 to {MOST_ANSWERS}")
+        self.concurrency = int(concurrency)
         options = options or SessionOptions()
-        self._runner = make_runner(Model(bundle, options, tell), bundle, self.context, self.reuse)
-        self._pace = Pace(INTEGER_COSTS if manifest.parts["decoder"].integer else BLOCK_COSTS)
+        model = Model(bundle, options, tell)
+        self._runner = make_runner(model, bundle, self.context, self.reuse, self.concurrency)
+        self._batch = Batch(
+            self._runner,
+            self.tokenizer,
+            manifest.tokens,
+            pace=Pace(INTEGER_COSTS if manifest.parts["decoder"].integer else BLOCK_COSTS),
+            lookup=self.reuse.lookup,
+        )
         self._busy = threading.Lock()
+        self._grammars = Grammars(self.tokenizer, manifest.tokens.eos)
 
     @classmethod
     def load(
@@ -127,8 +145,9 @@ class Engine:
         prefill: Prefill = "auto",
         prepare: bool = True,
         reuse: ReuseOptions | None = None,
+        concurrency: int = 1,
         tell: Tell | None = None,
-    ) -> Engine:
+    ) -> Self:
         """Open the bundle at `path`; the arguments are those of `SessionOptions` and `Engine`.
 
         Raises:
@@ -143,6 +162,7 @@ class Engine:
             image_layout=image_layout,
             max_image_tokens=max_image_tokens,
             reuse=reuse,
+            concurrency=concurrency,
             tell=tell,
         )
 
@@ -166,6 +186,15 @@ class Engine:
             RequestError: the engine is closed.
         """
         return self._runner.plan
+
+    @property
+    def cache_bytes(self) -> int:
+        """Memory that keys and values take once all contexts are full.
+
+        Raises:
+            RequestError: the engine is closed.
+        """
+        return self.concurrency * self.context * self._runner.sequence.cache.row_bytes
 
     def prompt(
         self,
@@ -222,6 +251,7 @@ class Engine:
         presence_penalty: float = 0.0,
         logit_bias: Mapping[int, float] | None = None,
         seed: int | None = None,
+        grammar: Grammar | None = None,
         stop: str | Sequence[str] | None = (),
         cancel: threading.Event | None = None,
     ) -> Iterator[Delta]:
@@ -244,6 +274,7 @@ class Engine:
             presence_penalty: as OpenAI: once for each id in the answer.
             logit_bias: added to the logits, by token id.
             seed: makes sampling repeatable.
+            grammar: what the answer is held to, from `grammar`.
             stop: strings that end the answer and are not part of it.
             cancel: checked before each image and each decoder run.
 
@@ -264,6 +295,7 @@ class Engine:
             presence_penalty=presence_penalty,
             logit_bias=logit_bias or {},
             seed=seed,
+            grammar=grammar,
         )
         _check_max_tokens(max_tokens)
         prompt = self.prompt(messages, max_tokens=max_tokens or 1)
@@ -294,16 +326,70 @@ class Engine:
                 giving another answer.
             ContextLengthError: prompt and answer do not fit.
         """
+        job = self.job(prompt, params, max_tokens=max_tokens, stop=stop, cancel=cancel, clock=clock)
+        return self._answer(job)
+
+    def job(
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        *,
+        max_tokens: int | None = None,
+        stop: str | Sequence[str] | None = (),
+        cancel: threading.Event | None = None,
+        clock: Clock | None = None,
+    ) -> Job:
+        """What `answer` is asked for, checked; to be added to a `batch` of this engine.
+
+        Args and errors are those of `answer`.
+        """
         self._check_open()
         _check_max_tokens(max_tokens)
         if cancel is not None and not callable(getattr(cancel, "is_set", None)):
             raise RequestError(f"cancel is {cancel!r}, must be an event such as threading.Event()")
         if len(prompt.ids) + (max_tokens or 1) > self.context:
             raise ContextLengthError(len(prompt.ids), max_tokens or 1, self.context)
-        stops = StopText((*GUARD_STOPS, *read_stops(stop)))
-        sampler = Sampler(params, vocab=self.tokenizer.vocab_size, prompt_ids=prompt.ids)
-        budget = max_tokens or self.context - len(prompt.ids)
-        return self._answer(prompt, sampler, stops, budget, Cancel(cancel), clock or Clock())
+        return Job(
+            prompt,
+            Sampler(params, vocab=self.tokenizer.vocab_size, prompt_ids=prompt.ids),
+            StopText((*GUARD_STOPS, *read_stops(stop))),
+            max_tokens or self.context - len(prompt.ids),
+            Cancel(cancel),
+            clock or Clock(),
+        )
+
+    @contextmanager
+    def batch(self) -> Iterator[Batch]:
+        """Several answers at a time: the engine is taken until the context is left.
+
+            with engine.batch() as batch:
+                number = batch.add(engine.job(prompt, params))
+                while batch.active:
+                    for number, event in batch.step(): ...
+
+        Raises:
+            RequestError: the engine is giving another answer.
+        """
+        with self._claim():
+            try:
+                yield self._batch
+            finally:
+                self._batch.clear()
+
+    def grammar(
+        self, schema: Mapping[str, Any] | bool | None = None, *, after_thought: bool = False
+    ) -> Grammar:
+        """What holds an answer to JSON, for `chat` and `SamplingParams`; any number of answers may share it.
+
+        Args:
+            schema: a JSON Schema; None for any object, True for any JSON.
+            after_thought: let the answer begin with `<think>`; the JSON comes after `</think>` then.
+
+        Raises:
+            RequestError: the schema is wrong, too large, or cannot be held to.
+            DependencyError: llguidance is not installed.
+        """
+        return self._grammars.compile(ANY_OBJECT if schema is None else schema, after_thought=after_thought)
 
     def score(
         self,
@@ -372,49 +458,15 @@ class Engine:
                 prompt, start, cancelled=Cancel(None).is_set, clock=Clock(), reuse=False
             )
 
-    def _answer(
-        self,
-        prompt: Prompt,
-        sampler: Sampler,
-        stops: StopText,
-        budget: int,
-        cancel: Cancel,
-        clock: Clock,
-    ) -> Iterator[Delta]:
-        """Prefill, then sample and decode until something ends it. The last delta carries the counts."""
-        plan = self._runner.plan
-        with self._claim():
-            ids = self._tokens(prompt, sampler, budget, cancel, clock)
-            eos = self.bundle.manifest.tokens.eos
-            ending = yield from reply(ids, self.tokenizer, eos=eos, stops=stops, budget=budget)
-            if ending.reason != "cancelled":
-                self._runner.persist()
-        usage = Usage(len(prompt.ids), prompt.image_tokens, ending.sampled, clock.reused_tokens)
-        timings = clock.timings(len(prompt.ids), ending.sampled, plan)
-        yield Delta(ending.text, ending.token_ids, ending.reason, usage, timings)
-
-    def _tokens(
-        self, prompt: Prompt, sampler: Sampler, budget: int, cancel: Cancel, clock: Clock
-    ) -> Iterator[int]:
-        """Sampled ids; none if cancelled before the prompt is done."""
-        scores: NDArray[np.float32] | None = None
-        for rows in self._runner.run(prompt, len(prompt.ids) - 1, cancelled=cancel.is_set, clock=clock):
-            scores = rows[-1]
-        clock.prefill_done()
-        if scores is None:
-            return
-        never = (self.bundle.manifest.tokens.image,)
-        drafter = Drafter(prompt.ids, self._pace, self.reuse.lookup, never=never)
-        yield from generate(
-            self._runner,
-            scores,
-            prompt.next_position,
-            sampler=sampler,
-            drafter=drafter,
-            budget=budget,
-            cancelled=cancel.is_set,
-            clock=clock,
-        )
+    def _answer(self, job: Job) -> Iterator[Delta]:
+        """A batch of one. The last delta carries the counts."""
+        with self.batch() as batch:
+            batch.add(job)
+            while batch.active:
+                for _, event in batch.step():
+                    if isinstance(event, Exception):
+                        raise event
+                    yield event
 
     def _check_open(self) -> None:
         """Raises RequestError if the engine is closed."""

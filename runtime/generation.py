@@ -1,7 +1,7 @@
-"""The loop that samples an answer's tokens and runs them, several at a time where a draft is likely right.
+"""How an answer goes on: sampled tokens, and what is to be run next, a draft with it where that likely pays.
 
-In: the scores after a prompt. Out: sampled ids, one by one. Knows nothing of text; what ends an answer is the
-caller's matter.
+In: the scores after a prompt, and after each run. Out: sampled ids, one by one, and ids to run. Knows nothing
+of text and graphs; who runs, alone or with others, and what ends an answer is the caller's matter.
 
 Drafts change how many runs an answer takes, not what is sampled: every id is picked by the sampler from the
 scores after the ids before it, in order, with the same random numbers. A draft only makes some of these
@@ -11,8 +11,7 @@ scores come from one run instead of several.
 from __future__ import annotations
 
 import threading
-import time
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Container
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +20,7 @@ from .answer import Clock
 from .reuse.lookup import Draft, NGramIndex
 from .reuse.options import Lookup
 from .reuse.pace import MOST_TOKENS, Pace
-from .runner import Runner
+from .reuse.sequence import CachedSequence
 from .sampling import Sampler
 
 
@@ -76,56 +75,91 @@ class Drafter:
         return draft.cut(self.pace.length(draft.chances)) if self._lookup == "auto" else draft
 
 
-def generate(
-    runner: Runner,
-    scores: NDArray[np.float32],
-    position: int,
-    *,
-    sampler: Sampler,
-    drafter: Drafter,
-    budget: int,
-    cancelled: Callable[[], bool],
-    clock: Clock,
-) -> Iterator[int]:
-    """Sample an answer.
+class Generation:
+    """One answer.
 
-    Args:
-        runner: holds the prompt.
-        scores: (V,) after the prompt.
-        position: of the first sampled token, on all axes.
-        sampler: picks ids.
-        drafter: proposes what may come.
-        budget: tokens to sample at most.
-        cancelled: checked before each token.
-        clock: told of tokens, runs and drafts.
-
-    Returns:
-        Iterator of ids; it ends with the budget or when cancelled. A token is run when the one after it is
-        asked for, so the caller may end the answer with any of them.
+    while not generation.done:
+        token = generation.sample()
+        if not generation.ready: run generation.next_run(), and tell the scores by generation.ran()
     """
-    rows = scores[None]
-    draft, right = Draft(), 0  # what the last run tried, and how much of it was sampled since
-    for count in range(1, budget + 1):
-        if cancelled():
-            return
-        token = sampler.sample(rows[right])
-        clock.token_done(count)
-        drafter.push(token)
+
+    def __init__(
+        self,
+        sequence: CachedSequence,
+        scores: NDArray[np.float32],
+        position: int,
+        *,
+        sampler: Sampler,
+        drafter: Drafter,
+        budget: int,
+        clock: Clock,
+    ) -> None:
+        """Begin.
+
+        Args:
+            sequence: holds the prompt; drafted tokens that turn out wrong are taken back from it.
+            scores: (V,) after the prompt.
+            position: of the first sampled token, on all axes.
+            sampler: picks ids.
+            drafter: proposes what may come.
+            budget: tokens to sample at most.
+            clock: told of tokens, runs and drafts.
+        """
+        self._first = position
+        self._sequence = sequence
+        self._rows = scores[None]
+        self._sampler = sampler
+        self._drafter = drafter
+        self._budget = budget
+        self._clock = clock
+        self._count = 0
+        self._token = 0
+        # What the last run tried, and how much of it was sampled since.
+        self._draft, self._right = Draft(), 0
+        self._ready = True
+
+    @property
+    def done(self) -> bool:
+        """Whether as many tokens were sampled as may be."""
+        return self._count >= self._budget
+
+    @property
+    def position(self) -> int:
+        """Of the last token, which is the first to be run, on all axes."""
+        return self._first + self._count - 1
+
+    @property
+    def ready(self) -> bool:
+        """Whether the scores of the next token are there; else something is to be run first."""
+        return self._ready
+
+    def sample(self) -> int:
+        """The next token; its scores are there."""
+        draft, right = self._draft, self._right
+        token = self._sampler.sample(self._rows[right])
+        self._count += 1
+        self._clock.token_done(self._count)
+        self._drafter.push(token)
         hit = right < len(draft.ids) and draft.ids[right] == token
         if right < len(draft.ids):
-            drafter.pace.verified(draft.chances[right], right=hit)
-            right += hit
-            clock.accepted_tokens += hit
+            self._drafter.pace.verified(draft.chances[right], right=hit)
+            self._right += hit
+            self._clock.accepted_tokens += hit
             if not hit:
-                runner.take_back(len(draft.ids) - right)
-        yield token
-        if hit:
-            continue
-        if count == budget:
-            return
-        draft, right = drafter.propose(budget - count - 1), 0
-        started = time.perf_counter()
-        rows = runner.feed((token, *draft.ids), position + count - 1)
-        drafter.pace.ran(len(rows), 1e3 * (time.perf_counter() - started))
-        clock.decoder_runs += 1
-        clock.drafted_tokens += len(draft.ids)
+                self._sequence.take_back(len(draft.ids) - right)
+        self._token, self._ready = token, hit
+        return token
+
+    def next_run(self, *, alone: bool = True) -> tuple[int, ...]:
+        """The last token and, if the run is for this answer alone, what may follow it."""
+        most = self._budget - self._count - 1 if alone else 0
+        self._draft, self._right = self._drafter.propose(most), 0
+        return (self._token, *self._draft.ids)
+
+    def ran(self, rows: NDArray[np.float32], milliseconds: float, *, alone: bool = True) -> None:
+        """The scores (n, V) after the n tokens of `next_run`, and what it took."""
+        if alone:
+            self._drafter.pace.ran(len(rows), milliseconds)
+        self._rows, self._ready = rows, True
+        self._clock.decoder_runs += 1
+        self._clock.drafted_tokens += len(self._draft.ids)

@@ -7,7 +7,7 @@ docs/bundle.md, and opens each graph as `runtime.plan` says; knows nothing of pr
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator
 from functools import cached_property
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
@@ -19,12 +19,12 @@ from numpy.typing import NDArray
 from autoglm_edge.errors import BundleError, DeviceError
 
 from .bundle import Bundle
-from .cache import KVCache
+from .cache import KVCache, KVSlots
+from .contract import check_values, declared
 from .layerwise.layers import Layers
 from .machine.integers import WIDENED
 from .machine.limits import anonymous_bytes, trim_memory
 from .machine.prepared import LogTell, Tell, discard_prepared, prepare, prepared_root, prepared_state
-from .manifest import Manifest
 from .plan import PREFILL_FROM_TOKENS, PREPARED_PARTS, ModelPlan, is_integer, plan_model
 from .prompt.image import PatchedImage
 from .session import MAPPED, Binding, SessionOptions, open_session, run_errors, shrinking_run
@@ -69,6 +69,7 @@ class Model:
         self._embedding = self._open("embedding")
         self._decoder = self._open("decoder")
         self._bindings: WeakKeyDictionary[KVCache, Binding] = WeakKeyDictionary()
+        self._slot_bindings: WeakKeyDictionary[KVSlots, dict[int, Binding]] = WeakKeyDictionary()
         self._prefill_bindings: WeakKeyDictionary[KVCache, Binding] = WeakKeyDictionary()
         # Activations of a long prefill or of a picture are given back after the run, not kept for the next.
         self._shrink = shrinking_run() if options.device == "cpu" else ort.RunOptions()
@@ -80,6 +81,14 @@ class Model:
             DeviceError: there is not enough memory.
         """
         return KVCache(self.bundle.manifest, capacity, self.options.device)
+
+    def new_slots(self, capacity: int, count: int) -> KVSlots:
+        """Buffers for `count` sequences of up to `capacity` tokens each.
+
+        Raises:
+            DeviceError: there is not enough memory.
+        """
+        return KVSlots(self.bundle.manifest, capacity, count, self.options.device)
 
     def encode_image(self, image: PatchedImage) -> NDArray[np.floating]:
         """Patches of one image -> (N, C) features."""
@@ -124,6 +133,49 @@ class Model:
         scores: NDArray[np.float32] = logits[0]
         return scores
 
+    def forward_each(
+        self, embeds: NDArray[np.floating], positions: NDArray[np.int64], slots: KVSlots
+    ) -> NDArray[np.float32]:
+        """Append a token to each of the first n sequences, in one run where the device can, and score it.
+
+        Args:
+            embeds: (n, 1, C).
+            positions: (3, n).
+            slots: their caches; each grows by one.
+
+        Returns:
+            (n, V) float32.
+
+        Raises:
+            BundleError: the graph fails.
+            DeviceError: there is not enough memory.
+        """
+        count = len(embeds)
+        caches = slots.caches[:count]
+        if count == 1 or not slots.joined:
+            rows = [
+                self.forward(embeds[row : row + 1], positions[:, row : row + 1], cache)
+                for row, cache in enumerate(caches)
+            ]
+            return np.concatenate(rows)
+        lengths = np.array([cache.length for cache in caches])
+        feeds: dict[str, NDArray[Any]] = {
+            "inputs_embeds": np.ascontiguousarray(embeds),
+            # A shorter sequence ends with what is masked: its row tells where its token goes.
+            "attention_mask": (np.arange(lengths.max() + 1) <= lengths[:, None]).astype(np.int64),
+            "position_ids": np.ascontiguousarray(positions[:, :, None]),
+            "num_logits_to_keep": np.array(1, np.int64),
+        }
+        logits = np.empty((count, 1, self.bundle.manifest.geometry.vocab), np.float32)
+        bindings = self._slot_bindings.setdefault(slots, {})
+        if count not in bindings:
+            bindings[count] = Binding(self._decoder, slots.past(count), slots.present(count))
+        bindings[count].run(feeds, {"logits": logits})
+        for cache in caches:
+            cache.length += 1
+        scores: NDArray[np.float32] = logits[:, 0]
+        return scores
+
     def prefill(
         self,
         embeds: NDArray[np.floating],
@@ -131,19 +183,31 @@ class Model:
         cache: KVCache,
         *,
         by_decoder: bool = False,
-        cancelled: Callable[[], bool] = lambda: False,
-    ) -> bool:
+    ) -> None:
+        """Append T tokens to the cache without scores; see `prefill_pieces`."""
+        for _ in self.prefill_pieces(embeds, positions, cache, by_decoder=by_decoder):
+            pass
+
+    def prefill_pieces(
+        self,
+        embeds: NDArray[np.floating],
+        positions: NDArray[np.int64],
+        cache: KVCache,
+        *,
+        by_decoder: bool = False,
+    ) -> Iterator[None]:
         """Append T tokens to the cache without scores; as the plan says, if they are enough for it.
 
         Args:
             embeds: (1, T, C); `plan.prefill_chunk` is a good T.
             positions: (3, T).
-            cache: holds the P tokens before; holds P + T afterwards, or P if cancelled.
+            cache: holds the P tokens before; holds P + T when the iterator has ended, and P if it is closed
+                before that.
             by_decoder: by the decoder, whatever the plan says.
-            cancelled: asked between runs of a graph, where there are several.
 
         Returns:
-            False if it was cancelled.
+            Iterator that takes a break between runs of a graph, where there are several. The model may run
+            other sequences meanwhile.
 
         Raises:
             BundleError: the prefill graph cannot be loaded, or a graph fails.
@@ -152,13 +216,12 @@ class Model:
         tokens = embeds.shape[1]
         if by_decoder or self.plan.prefill == "decoder" or tokens < PREFILL_FROM_TOKENS:
             self.forward(embeds, positions, cache, keep=1)
-            return True
-        feeds = _feeds(embeds, positions, cache)
-        if self.plan.prefill == "layers":
-            return self._layers.prefill(embeds, positions, cache, cancelled)
-        _bound(self._prefill_bindings, self._prefill, cache).run(feeds, {}, self._shrink)
-        cache.length += tokens
-        return True
+        elif self.plan.prefill == "layers":
+            yield from self._layers.prefill(embeds, positions, cache)
+        else:
+            feeds = _feeds(embeds, positions, cache)
+            _bound(self._prefill_bindings, self._prefill, cache).run(feeds, {}, self._shrink)
+            cache.length += tokens
 
     @cached_property
     def _vision(self) -> ort.InferenceSession:
@@ -200,10 +263,10 @@ class Model:
         graph = self.bundle.file(self.bundle.manifest.parts[part].graph)
         if session is None:
             session = open_session(graph, self.options, entries=self._entries(part))
-        inputs, outputs = _contract(self.bundle.manifest, part)
+        inputs, outputs = declared(self.bundle.manifest, part)
         given = [*session.get_inputs(), *session.get_overridable_initializers()]
-        _check_values(f"{graph}: input", given, inputs)
-        _check_values(f"{graph}: output", session.get_outputs(), outputs)
+        check_values(f"{graph}: input", given, inputs)
+        check_values(f"{graph}: output", session.get_outputs(), outputs)
         return session
 
     def _entries(self, part: str) -> dict[str, str]:
@@ -275,69 +338,3 @@ def _bound(
     if cache not in bindings:
         bindings[cache] = Binding(session, cache.past, cache.present)
     return bindings[cache]
-
-
-_Value = tuple[str, tuple[int | None, ...]]
-"""What a graph must declare of an input or output: its dtype and shape, None for an axis that varies."""
-
-
-def _contract(manifest: Manifest, part: str) -> tuple[dict[str, _Value], dict[str, _Value]]:
-    """Inputs and outputs of a graph as docs/bundle.md has them."""
-    shape, activations = manifest.geometry, manifest.activations
-    embeds: _Value = (activations, (None, None, shape.hidden))
-    features: _Value = (activations, (None, shape.hidden))
-    if part == "embedding":
-        return {"input_ids": ("int64", (None, None)), "image_features": features}, {"inputs_embeds": embeds}
-    if part == "vision":
-        patches: _Value = ("float32", (None, manifest.image.patch_dim))
-        return {"pixel_values": patches, "image_grid_thw": ("int64", (1, 3))}, {"image_features": features}
-    cached: _Value = (manifest.kv_dtype, (None, shape.kv_heads, None, shape.head_dim))
-    names = [f"{layer}.{kind}" for layer in range(shape.layers) for kind in ("key", "value")]
-    inputs: dict[str, _Value] = {
-        "inputs_embeds": embeds,
-        "attention_mask": ("int64", (None, None)),
-        "position_ids": ("int64", (3, None, None)),
-    }
-    outputs: dict[str, _Value] = {}
-    if part == "decoder":
-        inputs["num_logits_to_keep"] = ("int64", ())
-        outputs["logits"] = ("float32", (None, None, shape.vocab))
-    inputs |= {f"past_key_values.{name}": cached for name in names}
-    outputs |= {f"present.{name}": cached for name in names}
-    return inputs, outputs
-
-
-_ONNX_TYPES = {
-    "float32": "tensor(float)",
-    "float16": "tensor(float16)",
-    "int8": "tensor(int8)",
-    "int64": "tensor(int64)",
-}
-
-
-def _check_values(where: str, given: Sequence[Any], wanted: Mapping[str, _Value]) -> None:
-    """Compare what a session declares with the contract.
-
-    Raises:
-        BundleError: they differ; the first difference is named.
-    """
-    found = {value.name: value for value in given}
-    for name, (dtype, shape) in wanted.items():
-        value = found.pop(name, None)
-        if value is None:
-            raise BundleError(f"{where} {name} is missing; {_AGAIN}")
-        if value.type != _ONNX_TYPES[dtype]:
-            raise BundleError(f"{where} {name} is a {value.type}, but the manifest says {dtype}; {_AGAIN}")
-        axes = list(value.shape)
-        fits = len(axes) == len(shape) and all(
-            not isinstance(axis, int) or size is None or axis == size
-            for axis, size in zip(axes, shape, strict=True)
-        )
-        if not fits:
-            expected = [axis if size is None else size for axis, size in zip(axes, shape, strict=False)]
-            raise BundleError(f"{where} {name} has the shape {axes}, but must have {expected}; {_AGAIN}")
-    if found:
-        raise BundleError(f"{where} {next(iter(found))} is unknown to this release; {_AGAIN}")
-
-
-_AGAIN = "graph and manifest are not of one export; export the checkpoint again"

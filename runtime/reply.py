@@ -6,7 +6,7 @@ Knows nothing of graphs and of where ids come from.
 
 from __future__ import annotations
 
-from collections.abc import Container, Generator, Iterator
+from collections.abc import Container
 from dataclasses import dataclass
 
 from .answer import Delta, FinishReason
@@ -31,39 +31,47 @@ class Ending:
     sampled: int
 
 
-def reply(
-    ids: Iterator[int], tokenizer: Tokenizer, *, eos: Container[int], stops: StopText, budget: int
-) -> Generator[Delta, None, Ending]:
-    """Deltas of an answer but its last, one per id; returns the rest.
+class Reply:
+    """One answer as it grows.
 
-    Args:
-        ids: sampled; where they end early, the answer was cancelled. None is asked for once the answer ends.
-        tokenizer: turns them into text.
-        eos: ids that end an answer and are not part of it.
-        stops: strings that do.
-        budget: ids after which the answer is cut off.
+    Attributes:
+        ending: what is left for the last delta; None before the answer ends.
     """
-    decoder = StreamDecoder(tokenizer)
-    sampled = 0
-    text = ""
-    shown: tuple[int, ...] = ()
-    reason: FinishReason = "cancelled"
-    for token in ids:
-        sampled += 1
-        if token in eos:
-            reason = "stop"
-            break
-        shown = (token,)
-        text, stopped = stops.push(decoder.push(token))
-        if stopped or sampled == budget:
-            reason = "stop" if stopped else "length"
-            break
-        yield Delta(text, shown)
-        text, shown = "", ()
-    return Ending(text + _held_back(decoder, stops), shown, reason, sampled)
 
+    def __init__(self, tokenizer: Tokenizer, *, eos: Container[int], stops: StopText, budget: int) -> None:
+        """Begin.
 
-def _held_back(decoder: StreamDecoder, stops: StopText) -> str:
-    """An incomplete character, the beginning of a stop string."""
-    text, stopped = stops.push(decoder.flush())
-    return text if stopped else text + stops.flush()
+        Args:
+            tokenizer: turns ids into text.
+            eos: ids that end an answer and are not part of it.
+            stops: strings that do.
+            budget: ids after which the answer is cut off.
+        """
+        self.ending: Ending | None = None
+        self._decoder = StreamDecoder(tokenizer)
+        self._eos = eos
+        self._stops = stops
+        self._budget = budget
+        self._sampled = 0
+
+    def push(self, token: int) -> Delta | None:
+        """What a sampled id adds; None if it ends the answer."""
+        self._sampled += 1
+        if token in self._eos:
+            self._end("", (), "stop")
+            return None
+        text, stopped = self._stops.push(self._decoder.push(token))
+        if stopped or self._sampled == self._budget:
+            self._end(text, (token,), "stop" if stopped else "length")
+            return None
+        return Delta(text, (token,))
+
+    def cancel(self) -> None:
+        """End it where it is."""
+        self._end("", (), "cancelled")
+
+    def _end(self, text: str, token_ids: tuple[int, ...], reason: FinishReason) -> None:
+        """With what was held back: an incomplete character, the beginning of a stop string."""
+        held, stopped = self._stops.push(self._decoder.flush())
+        text += held if stopped else held + self._stops.flush()
+        self.ending = Ending(text, token_ids, reason, self._sampled)

@@ -3,7 +3,7 @@
     prompt ─ keys ─ shared with the cache? saved? ─ pictures not yet encoded ─ prefill in chunks ─ scores
     sampled ids ─────────────────────────────────────────────────────────────── decoder ─────── scores
 
-In: prompts, ids. Out: logits. The one sequence in the KV cache is its own. Knows nothing of text, sampling or
+In: prompts, ids. Out: logits. The sequences in the KV cache are its own. Knows nothing of text, sampling or
 stop strings.
 """
 
@@ -12,6 +12,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import numpy as np
 import onnxruntime as ort
@@ -20,6 +22,7 @@ from numpy.typing import NDArray
 from autoglm_edge.errors import RequestError
 
 from .answer import Clock
+from .batch.slots import Slots
 from .bundle import Bundle
 from .manifest import TokenSpec
 from .model import Model
@@ -38,14 +41,31 @@ from .reuse.sequence import (
     Keys,
     image_digest,
     prompt_keys,
-    shared_length,
+    stable_length,
     text_keys,
 )
 
 SCORE_CHUNK = 64
 """Tokens per run when every position is scored: V floats each."""
 
+SHARED_CHUNK = 128
+"""Tokens per run of a prompt while others wait for their next token, which is a multiple of a block."""
+
 Scores = NDArray[np.float32]
+
+
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """A prompt on its way into the cache.
+
+    Attributes:
+        sequence: that it becomes; taken until it is released.
+        scores: logits (t, V) of the scored tokens, in order; t is 0 where a piece of work gave none. It takes
+            a break after each piece, in which other sequences may be run. Fewer rows if cancelled.
+    """
+
+    sequence: CachedSequence
+    scores: Iterator[Scores]
 
 
 class Runner:
@@ -61,6 +81,7 @@ class Runner:
         context: int,
         tokens: TokenSpec,
         *,
+        count: int = 1,
         prefix: bool = True,
         store: Callable[[CachedSequence], PrefixStore] | None = None,
         features: FeatureCache | None = None,
@@ -71,6 +92,7 @@ class Runner:
             model: of the bundle.
             context: tokens to hold.
             tokens: special ids.
+            count: sequences that are held at a time.
             prefix: see the class.
             store: makes the store of saved prefixes, given the empty sequence; None saves none.
             features: of pictures encoded before; None keeps none.
@@ -81,8 +103,7 @@ class Runner:
         self.prefix = prefix
         self._tokens = tokens
         self._model: Model | None = model
-        self._sequence: CachedSequence | None = CachedSequence(model.new_cache(context))
-        self._store = store(self._sequence) if store is not None and prefix else None
+        self._slots: Slots | None = Slots(model.new_slots(context, count), store if prefix else None)
         self._features = features or FeatureCache(0)
 
     @property
@@ -106,19 +127,28 @@ class Runner:
         return self.model.plan
 
     @property
-    def sequence(self) -> CachedSequence:
+    def slots(self) -> Slots:
         """What the cache holds.
 
         Raises:
             RequestError: the engine is closed.
         """
-        if self._sequence is None:
+        if self._slots is None:
             raise RequestError("this engine is closed; load the bundle again")
-        return self._sequence
+        return self._slots
+
+    @property
+    def sequence(self) -> CachedSequence:
+        """The sequence in the first slot, of which there may be one only.
+
+        Raises:
+            RequestError: the engine is closed.
+        """
+        return self.slots.sequences[0]
 
     def close(self) -> None:
         """Free graphs, cache and all that was kept in memory."""
-        self._model = self._sequence = self._store = None
+        self._model = self._slots = None
         self._features = FeatureCache(0)
 
     def run(
@@ -130,7 +160,28 @@ class Runner:
         clock: Clock,
         reuse: bool = True,
     ) -> Iterator[Scores]:
-        """Bring a prompt into the cache and score its end.
+        """Read a prompt without a break; arguments as for `read`.
+
+        Returns:
+            Logits (t, V) of the scored tokens, in order; fewer rows if cancelled.
+        """
+        reading = self.read(prompt, scored_from, cancelled=cancelled, clock=clock, reuse=reuse)
+        try:
+            yield from (rows for rows in reading.scores if len(rows))
+        finally:
+            self.release(reading.sequence)
+
+    def read(
+        self,
+        prompt: Prompt,
+        scored_from: int,
+        *,
+        cancelled: Callable[[], bool],
+        clock: Clock,
+        reuse: bool = True,
+        others: Callable[[], bool] = lambda: False,
+    ) -> Reading:
+        """Begin to bring a prompt into the cache and to score its end; there must be a free slot.
 
         Args:
             prompt: what to run; it fits the context.
@@ -138,47 +189,28 @@ class Runner:
             cancelled: checked before each picture and each run; what is done until then stays in the cache.
             clock: told of what is reused, encoded and prefilled.
             reuse: False computes every token, whatever is known.
-
-        Returns:
-            Logits (t, V) of the scored tokens, in order; fewer rows if cancelled.
+            others: whether other sequences wait for their turn; pieces are short then.
         """
-        if cancelled():
-            clock.images_done()
-            return
         clock.reuse_begins()
         digests = [image_digest(image) for image in prompt.images]
-        graph, least = self._prefill_graph(scored_from)
+        graph, _ = self._prefill_graph(scored_from)
         keys = prompt_keys(prompt, self._tokens.image, digests, graph=graph, decoded_from=scored_from)
-        start = self._begin(keys, scored_from - least, reuse=reuse and self.prefix)
-        self.sequence.stable = min(stable_length(prompt.ids, self._tokens), scored_from)
-        clock.reuse_done(start)
-        features = self._encode(prompt, digests, start, cancelled, clock)
-        clock.images_done()
-        if features is None:
-            return
-        chunk = PREFILL_CHUNK if graph == DECODER else self.plan.prefill_chunk
-        for begin, end in _chunks(start, scored_from, chunk, least):
-            if cancelled():
-                return
-            embeds, positions = self._embed(prompt, features, begin, end), prompt.positions[:, begin:end]
-            self.sequence.announce(keys[begin:end])
-            cache = self.sequence.cache
-            if not self.model.prefill(
-                embeds, positions, cache, by_decoder=graph == DECODER, cancelled=cancelled
-            ):
-                return
-        for begin, end in _chunks(scored_from, len(prompt.ids), SCORE_CHUNK):
-            if cancelled():
-                return
-            embeds = self._embed(prompt, features, begin, end)
-            self.sequence.announce(keys[begin:end])
-            positions = prompt.positions[:, begin:end]
-            yield self.model.forward(embeds, positions, self.sequence.cache, end - begin)
+        sequence = self.slots.take(keys)
+        scores = self._scores(prompt, scored_from, sequence, keys, digests, cancelled, clock, reuse, others)
+        return Reading(sequence, scores)
 
-    def feed(self, ids: Sequence[int], position: int) -> Scores:
-        """Append text tokens to the sequence.
+    def release(self, sequence: CachedSequence, *, persist: bool = False) -> None:
+        """The answer in a sequence has ended; it may be worth to be kept beyond this process."""
+        if self._slots is not None:
+            self._slots.release(sequence)
+            if persist:
+                self._slots.persist(sequence)
+
+    def feed(self, sequence: CachedSequence, ids: Sequence[int], position: int) -> Scores:
+        """Append text tokens to a sequence.
 
         Args:
+            sequence: which.
             ids: (n,), no placeholders of pictures.
             position: of the first, on all axes.
 
@@ -187,22 +219,120 @@ class Runner:
         """
         array = np.array(ids, np.int64)
         positions = np.broadcast_to(position + np.arange(len(array)), (3, len(array)))
-        self.sequence.announce(text_keys(ids, position))
         model = self.model
-        return model.forward(model.embed(array), positions, self.sequence.cache, len(array))
+        sequence.announce(text_keys(ids, position))
+        return model.forward(model.embed(array), positions, sequence.cache, len(array))
 
-    def take_back(self, count: int) -> None:
-        """Forget the last tokens of the sequence."""
-        self.sequence.truncate(self.sequence.cache.length - count)
+    def feed_each(self, ids: Sequence[int], positions: Sequence[int]) -> Scores:
+        """Append a text token to each active sequence, in the order of their slots.
 
-    def persist(self) -> None:
-        """Write what later prompts will probably share to the folder, if there is one."""
-        if self._store is not None and self._store.on_disk:
-            self._save(self._store, in_memory=False)
+        Args:
+            ids: (n,), one per active sequence.
+            positions: (n,), on all axes.
+
+        Returns:
+            Logits (n, V).
+        """
+        model, slots = self.model, self.slots
+        for sequence, token, position in zip(slots.sequences[: slots.active], ids, positions, strict=True):
+            sequence.announce(text_keys((token,), position))
+        embeds = model.embed(np.array(ids, np.int64)).swapaxes(0, 1)
+        places = np.broadcast_to(np.array(positions, np.int64), (3, len(positions)))
+        return model.forward_each(embeds, places, slots.buffers)
 
     def encode_image(self, image: PatchedImage) -> NDArray[np.floating]:
         """Features (N, C) of a picture, from the graph."""
         return self.model.encode_image(image)
+
+    def _scores(
+        self,
+        prompt: Prompt,
+        scored_from: int,
+        sequence: CachedSequence,
+        keys: Keys,
+        digests: Sequence[bytes],
+        cancelled: Callable[[], bool],
+        clock: Clock,
+        reuse: bool,
+        others: Callable[[], bool],
+    ) -> Iterator[Scores]:
+        none = np.zeros((0, 0), np.float32)
+        graph, least = self._prefill_graph(scored_from)
+        start = 0
+        if not cancelled():
+            start = self.slots.begin(sequence, keys, scored_from - least, reuse=reuse and self.prefix)
+            sequence.stable = min(stable_length(prompt.ids, self._tokens), scored_from)
+        clock.reuse_done(start)
+        features: list[NDArray[np.floating]] = []
+        for image, digest, skipped in self._pictures(prompt, digests, start, clock):
+            if cancelled():
+                break
+            found = self._features.get(digest)
+            clock.image_done(cached=found is not None)
+            if found is None:
+                for encoded in self._encode(image, others):
+                    if encoded is None:
+                        yield none
+                    else:
+                        found = encoded
+                assert found is not None
+                self._features.put(digest, found)
+            features.append(found[skipped:])
+        clock.images_done()
+        if cancelled():
+            return
+        shown = np.concatenate(features) if features else none
+        begin = start
+        while begin < scored_from:
+            chunk = PREFILL_CHUNK if graph == DECODER else self.plan.prefill_chunk
+            if graph != LAYERS and others():
+                chunk = min(chunk, max(SHARED_CHUNK, least))
+            end = next(_chunks(begin, scored_from, chunk, least))[1]
+            embeds, positions = self._embed(prompt, shown, begin, end), prompt.positions[:, begin:end]
+            sequence.announce(keys[begin:end])
+            if cancelled():
+                return
+            for _ in self.model.prefill_pieces(
+                embeds, positions, sequence.cache, by_decoder=graph == DECODER
+            ):
+                yield none
+                if cancelled():
+                    return
+            yield none
+            begin = end
+        for begin, end in _chunks(scored_from, len(prompt.ids), SCORE_CHUNK):
+            if cancelled():
+                return
+            embeds = self._embed(prompt, shown, begin, end)
+            sequence.announce(keys[begin:end])
+            positions = prompt.positions[:, begin:end]
+            yield self.model.forward(embeds, positions, sequence.cache, end - begin)
+
+    def _encode(
+        self, image: PatchedImage, others: Callable[[], bool]
+    ) -> Iterator[NDArray[np.floating] | None]:
+        """Features of a picture; None as long as it takes and others can go on."""
+        if not others():
+            yield self.encode_image(image)
+            return
+        with ThreadPoolExecutor(1, "picture") as pool:
+            work = pool.submit(self.encode_image, image)
+            while others() and not work.done():
+                yield None
+            yield work.result()
+
+    def _pictures(
+        self, prompt: Prompt, digests: Sequence[bytes], start: int, clock: Clock
+    ) -> Iterator[tuple[PatchedImage, bytes, int]]:
+        """Pictures whose features the tokens from `start` on need, and how many of their rows they do not."""
+        before = int((prompt.ids[:start] == self._tokens.image).sum())
+        for image, digest in zip(prompt.images, digests, strict=True):
+            if before >= image.tokens:  # its keys and values are there, nobody reads its features
+                before -= image.tokens
+                clock.image_done(cached=True)
+                continue
+            yield image, digest, before
+            before = 0
 
     def _prefill_graph(self, tokens: int) -> tuple[int, int]:
         """The graph that prefills a prompt of so many tokens, and the fewest of a run that it takes.
@@ -215,59 +345,6 @@ class Runner:
             return DECODER, 0
         return (LAYERS if plan.prefill == "layers" else PREFILL), PREFILL_FROM_TOKENS
 
-    def _begin(self, keys: Keys, limit: int, *, reuse: bool) -> int:
-        """Leave in the cache what the sequence begins with, at most `limit` tokens; returns how many.
-
-        Whole blocks: kernels take rows in tiles, and a row that is left over at the end rounds otherwise.
-        Taken up on the grid of tiles, a prompt is computed as in a cold run.
-        """
-        sequence, store = self.sequence, self._store
-        shared = min(shared_length(sequence.keys, keys), limit) if reuse else 0
-        shared -= shared % BLOCK_TOKENS
-        # The cache is the only copy of the last prompt until something else is about to take its place.
-        if store is not None and shared < sequence.stable:
-            self._save(store)
-        sequence.truncate(shared)
-        if store is None or not reuse:
-            return shared
-        chain = store.find(keys, limit)
-        if chain and chain[-1].stop > shared:
-            for block, rows in store.load(chain, shared):
-                sequence.announce(keys[block.start : block.stop])
-                sequence.cache.write(block.start, rows)
-        return sequence.cache.length
-
-    def _save(self, store: PrefixStore, *, in_memory: bool = True) -> None:
-        sequence = self.sequence
-        store.save(sequence.keys, sequence.stable, sequence.cache.read, in_memory=in_memory)
-
-    def _encode(
-        self,
-        prompt: Prompt,
-        digests: Sequence[bytes],
-        start: int,
-        cancelled: Callable[[], bool],
-        clock: Clock,
-    ) -> NDArray[np.floating] | None:
-        """Features (n, C) of the placeholders from token `start` on; None when cancelled."""
-        before = int((prompt.ids[:start] == self._tokens.image).sum())
-        found: list[NDArray[np.floating]] = []
-        for image, digest in zip(prompt.images, digests, strict=True):
-            if before >= image.tokens:  # its keys and values are there, nobody reads its features
-                before -= image.tokens
-                clock.image_done(cached=True)
-                continue
-            if cancelled():
-                return None
-            features = self._features.get(digest)
-            clock.image_done(cached=features is not None)
-            if features is None:
-                features = self.encode_image(image)
-                self._features.put(digest, features)
-            found.append(features[before:])
-            before = 0
-        return np.concatenate(found) if found else np.zeros((0, 0), np.float32)
-
     def _embed(
         self, prompt: Prompt, features: NDArray[np.floating], begin: int, end: int
     ) -> NDArray[np.floating]:
@@ -278,8 +355,8 @@ class Runner:
         return self.model.embed(prompt.ids[begin:end], own)
 
 
-def make_runner(model: Model, bundle: Bundle, context: int, reuse: ReuseOptions) -> Runner:
-    """A runner that keeps what the options say.
+def make_runner(model: Model, bundle: Bundle, context: int, reuse: ReuseOptions, count: int = 1) -> Runner:
+    """A runner of `count` sequences that keeps what the options say.
 
     Raises:
         DeviceError: there is not enough memory.
@@ -311,25 +388,11 @@ def make_runner(model: Model, bundle: Bundle, context: int, reuse: ReuseOptions)
         model,
         context,
         bundle.manifest.tokens,
+        count=count,
         prefix=reuse.prefix,
         store=make_store if saves else None,
         features=FeatureCache(reuse.image_cache_bytes),
     )
-
-
-def stable_length(ids: NDArray[np.int64], tokens: TokenSpec) -> int:
-    """How many tokens of a prompt the next one of the same conversation will probably share.
-
-    A phone agent takes the picture out of a turn when that is past, so all before the pictures of the last
-    turn stays. A turn begins with a token that also ends an answer; without a picture in it all stays.
-    """
-    ends = np.flatnonzero(np.isin(ids, tokens.eos))
-    turn = int(ends[-1]) if ends.size else 0
-    places = np.flatnonzero(ids[turn:] == tokens.image)
-    if not places.size:
-        return len(ids)
-    place = turn + int(places[0])
-    return place - 1 if place and ids[place - 1] == tokens.image_start else place
 
 
 def _chunks(start: int, stop: int, size: int, least: int = 0) -> Iterator[tuple[int, int]]:

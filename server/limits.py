@@ -16,7 +16,7 @@ class Limits:
     """Bounds of one request, and of all together.
 
     Attributes:
-        queue: requests that may wait while one is answered; more are refused with 429.
+        queue: requests that may wait while others are answered; more are refused with 429.
         body_bytes: of a request's body.
         body_seconds: in which it must have come.
         json_items: values in it; a JSON value of three bytes takes seventy in memory.
@@ -28,6 +28,9 @@ class Limits:
         image_bytes: of one picture, packed.
         image_pixels: of one picture; read from its header, before it is unpacked.
         request_pixels: of all pictures of a request together.
+        audios: sounds in a request.
+        audio_seconds: of all sounds of a request together.
+        audio_queue: sounds that may wait while one is heard; more are refused with 429.
         choices: answers that one request may ask for.
         stops: strings that end an answer.
         stop_characters: of one of them.
@@ -46,6 +49,9 @@ class Limits:
     image_bytes: int = 20_000_000
     image_pixels: int = 16_000_000
     request_pixels: int = 64_000_000
+    audios: int = 10
+    audio_seconds: float = 300.0
+    audio_queue: int = 8
     choices: int = 8
     stops: int = 16
     stop_characters: int = 512

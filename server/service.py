@@ -2,8 +2,8 @@
 
 In: parsed HTTP requests. Out: responses as ASGI applications. Knows nothing of keys, logs and signals.
 
-A request that is admitted holds a slot until its response is complete. There are as many as may wait, and
-one: so what all requests together hold in memory is bounded, too.
+A request that is admitted holds a slot until its response is complete. There are as many as may wait, and as
+are answered at a time: so what all requests together hold in memory is bounded, too.
 """
 
 from __future__ import annotations
@@ -89,13 +89,13 @@ class Service:
         threading.Thread(target=self._open, args=(failed,), name="load", daemon=True).start()
 
     def refuse_more(self) -> None:
-        """The server is going down: requests that wait are sent away, the one under way goes on."""
+        """The server is going down: requests that wait are sent away, those under way go on."""
         self._stopping = True
         if self._scheduler is not None:
             self._scheduler.refuse_more()
 
     def interrupt(self) -> None:
-        """The one under way has had its time."""
+        """Those under way have had their time."""
         if self._scheduler is not None:
             self._scheduler.interrupt()
 
@@ -114,8 +114,8 @@ class Service:
         Raises:
             ApiError: there are as many as may be.
         """
-        self._ready()
-        most = self.settings.limits.queue + 1
+        engine, _ = self._ready()
+        most = self.settings.limits.queue + engine.concurrency
         if self._admitted >= most:
             raise ApiError(
                 429,

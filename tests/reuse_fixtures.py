@@ -7,7 +7,7 @@ without any cache.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -84,9 +84,29 @@ class FakeCache:
         self.rows[:, :, :, start : start + rows.shape[3]] = rows
         self.length = start + rows.shape[3]
 
+    def copy_from(self, other: FakeCache, start: int, stop: int) -> None:
+        assert start <= self.length and stop <= other.length
+        self.write(start, other.read(start, stop))
+
     def append(self, states: list[int]) -> None:
         self.rows[:, :, :, self.length : self.length + len(states), 0] = states
         self.length += len(states)
+
+
+class FakeSlots:
+    """The interface of KVSlots."""
+
+    joined = True
+
+    def __init__(self, capacity: int, count: int) -> None:
+        self.caches = tuple(FakeCache(capacity) for _ in range(count))
+        self.swaps = 0
+
+    def swap(self, first: int, second: int) -> None:
+        one, two = self.caches[first], self.caches[second]
+        one.rows, two.rows = two.rows, one.rows
+        one.length, two.length = two.length, one.length
+        self.swaps += 1
 
 
 def next_state(before: int, token: float, position: Any, graph: int) -> int:
@@ -106,6 +126,7 @@ class FakeModel:
     encoded: list[int] = field(default_factory=list)
     computed: int = 0
     runs: list[int] = field(default_factory=list)
+    together: list[int] = field(default_factory=list)
     fail_after: int = -1
     caches: list[FakeCache] = field(default_factory=list)
 
@@ -114,16 +135,17 @@ class FakeModel:
         return SimpleNamespace(
             prefill="integer" if self.integer else "decoder",
             by_decoder=lambda tokens: not self.integer or tokens < LEAST,
-            prefill_chunk=32,
+            prefill_chunk=64,
         )
 
     @property
     def options(self) -> Any:
         return SimpleNamespace(device="cpu")
 
-    def new_cache(self, capacity: int) -> FakeCache:
-        self.caches.append(FakeCache(capacity))
-        return self.caches[-1]
+    def new_slots(self, capacity: int, count: int) -> FakeSlots:
+        slots = FakeSlots(capacity, count)
+        self.caches.extend(slots.caches)
+        return slots
 
     def encode_image(self, image: PatchedImage) -> np.ndarray:
         self.encoded.append(int(image.patches[0, 0, 0, 0]))
@@ -138,18 +160,22 @@ class FakeModel:
             embeds[0, places] = features
         return embeds
 
-    def prefill(
-        self,
-        embeds: np.ndarray,
-        positions: np.ndarray,
-        cache: FakeCache,
-        *,
-        by_decoder: bool,
-        cancelled: Callable[[], bool],
-    ) -> bool:
+    def prefill_pieces(
+        self, embeds: np.ndarray, positions: np.ndarray, cache: FakeCache, *, by_decoder: bool
+    ) -> Iterator[None]:
         apart = self.integer and not by_decoder and embeds.shape[1] >= LEAST
+        if apart:
+            yield
         self._run(embeds, positions, cache, int(apart))
-        return True
+
+    def forward_each(self, embeds: np.ndarray, positions: np.ndarray, slots: FakeSlots) -> np.ndarray:
+        assert embeds.shape[1] == 1
+        rows = [
+            self.forward(embeds[row : row + 1], positions[:, row : row + 1], cache)
+            for row, cache in enumerate(slots.caches[: len(embeds)])
+        ]
+        self.together.append(len(rows))
+        return np.concatenate(rows)
 
     def forward(
         self, embeds: np.ndarray, positions: np.ndarray, cache: FakeCache, keep: int = 1

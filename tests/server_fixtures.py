@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import io
+import itertools
 import json
 import socket
 import threading
@@ -46,6 +47,7 @@ class ScriptedEngine:
         error: raised at the first step if it is set.
     """
 
+    concurrency = 1
     context = 1000
     vocab = 0x110000
     fingerprint = "fp_test"
@@ -98,6 +100,10 @@ class ScriptedEngine:
         finally:
             self.ended.append((said, cancel.is_set()))
 
+    @contextmanager
+    def answers(self) -> Iterator[ScriptedAnswers]:
+        yield ScriptedAnswers(self)
+
     def close(self) -> None:
         self.closed = True
 
@@ -125,6 +131,44 @@ class ScriptedEngine:
         if len(ids) + max_tokens > self.context:
             raise ContextLengthError(len(ids), max_tokens, self.context)
         return Prompt(np.array(ids, np.int64), (), np.zeros((3, len(ids)), np.int64), len(ids), "")
+
+
+class ScriptedAnswers:
+    """The interface of `Answers`: a piece of each answer in each step."""
+
+    def __init__(self, engine: ScriptedEngine) -> None:
+        self.engine = engine
+        self.going: dict[int, Generator[Delta, None, None]] = {}
+        self.numbers = itertools.count()
+
+    @property
+    def room(self) -> int:
+        return self.engine.concurrency - len(self.going)
+
+    @property
+    def active(self) -> int:
+        return len(self.going)
+
+    def begin(self, wanted: Wanted, cancel: threading.Event) -> int:
+        number = next(self.numbers)
+        self.going[number] = self.engine.answer_wanted(wanted, cancel)
+        return number
+
+    def drop(self, number: int) -> None:
+        if number in self.going:
+            self.going.pop(number).close()
+
+    def step(self) -> list[tuple[int, Delta | Exception]]:
+        events: list[tuple[int, Delta | Exception]] = []
+        for number, answer in [*self.going.items()]:
+            try:
+                event: Delta | Exception = next(answer)
+            except Exception as error:
+                event = error
+            events.append((number, event))
+            if isinstance(event, Exception) or event.finish_reason is not None:
+                self.drop(number)
+        return events
 
 
 class Live:

@@ -52,10 +52,12 @@ class ScriptedModel:
     def embed(self, ids: np.ndarray, features: np.ndarray | None = None) -> np.ndarray:
         return np.zeros((1, len(ids), self.hidden), np.float32)
 
-    def prefill(self, embeds: np.ndarray, positions: np.ndarray, cache: Any, **how: Any) -> bool:
+    def prefill_pieces(
+        self, embeds: np.ndarray, positions: np.ndarray, cache: Any, **how: Any
+    ) -> Iterator[None]:
         self.prefills.append(embeds.shape[1])
         cache.length += embeds.shape[1]
-        return True
+        yield
 
     def forward(self, embeds: np.ndarray, positions: np.ndarray, cache: Any, keep: int = 1) -> np.ndarray:
         count = embeds.shape[1]

@@ -44,7 +44,7 @@ def filled(model: Model, count: int, pieces: tuple[int, ...] = ()) -> np.ndarray
     start = 0
     for stop in (*pieces, count):
         positions = np.arange(start, stop)[None].repeat(3, 0)
-        assert model.prefill(model.embed(ids[start:stop]), positions, cache)
+        model.prefill(model.embed(ids[start:stop]), positions, cache)
         start = stop
     assert cache.length == count
     return cache.read(0, count)
@@ -89,20 +89,20 @@ def test_short_pieces_go_through_the_decoder(bundle: Bundle) -> None:
     assert "_layers" not in vars(model)
 
 
-@pytest.mark.parametrize("stop_at", [0, 1])
-def test_cancelling_leaves_the_cache_as_it_was(model: Model, stop_at: int) -> None:
-    asked = []
-
-    def cancelled() -> bool:
-        asked.append(0)
-        return len(asked) > stop_at
-
+@pytest.mark.parametrize("pieces", [1, 2])
+def test_a_prompt_that_is_given_up_leaves_the_cache_as_it_was(
+    model: Model, pieces: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("autoglm_edge.runtime.layerwise.layers.CHUNK", 16)
     ids, positions = np.arange(5, 69), np.arange(64)[None].repeat(3, 0)
     cache = model.new_cache(64)
     kept = filled(model, 32)
     cache.write(0, kept)
 
-    assert not model.prefill(model.embed(ids[32:]), positions[:, 32:], cache, cancelled=cancelled)
+    work = model.prefill_pieces(model.embed(ids[32:]), positions[:, 32:], cache)
+    for _ in range(pieces):
+        next(work)
+    work.close()  # type: ignore[attr-defined]
 
     assert cache.length == 32
     assert (cache.read(0, 32) == kept).all()

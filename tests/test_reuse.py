@@ -13,7 +13,7 @@ import reuse_fixtures as fakes
 
 from autoglm_edge.errors import RequestError
 from autoglm_edge.runtime.answer import Clock
-from autoglm_edge.runtime.generation import Drafter, generate
+from autoglm_edge.runtime.generation import Drafter, Generation
 from autoglm_edge.runtime.prompt.build import Prompt
 from autoglm_edge.runtime.prompt.image import PatchedImage
 from autoglm_edge.runtime.reuse.features import FeatureCache
@@ -21,7 +21,8 @@ from autoglm_edge.runtime.reuse.options import Lookup
 from autoglm_edge.runtime.reuse.pace import BLOCK_COSTS, Pace
 from autoglm_edge.runtime.reuse.prefix import PrefixStore
 from autoglm_edge.runtime.reuse.prefix_folder import BlockFolder
-from autoglm_edge.runtime.runner import Runner, stable_length
+from autoglm_edge.runtime.reuse.sequence import stable_length
+from autoglm_edge.runtime.runner import Runner
 from autoglm_edge.runtime.sampling import Sampler, SamplingParams
 
 CONTEXT = 400
@@ -68,19 +69,21 @@ def answer(
     if not rows:
         return [], clock
     drafter = Drafter(prompt.ids, pace or Pace(BLOCK_COSTS), lookup, never=(fakes.TOKENS.image,))
-    sampler = Sampler(SamplingParams(), vocab=fakes.VOCAB)
-    ids = list(
-        generate(
-            runner,
-            rows[-1][-1],
-            prompt.next_position,
-            sampler=sampler,
-            drafter=drafter,
-            budget=budget,
-            cancelled=cancelled,
-            clock=clock,
-        )
+    generation = Generation(
+        runner.sequence,
+        rows[-1][-1],
+        prompt.next_position,
+        sampler=Sampler(SamplingParams(), vocab=fakes.VOCAB),
+        drafter=drafter,
+        budget=budget,
+        clock=clock,
     )
+    ids: list[int] = []
+    while not generation.done and not cancelled():
+        ids.append(generation.sample())
+        if not generation.ready and not generation.done:
+            run = generation.next_run()
+            generation.ran(runner.feed(runner.sequence, run, generation.position), 1.0)
     return ids, clock
 
 
@@ -167,7 +170,7 @@ def test_thousands_of_interleavings_leave_cache_and_answers_as_in_a_cold_run(
             asked += len(prompt.ids)
         assert cache.states == expected.states
         if rng.random() < 0.2:
-            runner.persist()
+            runner.slots.persist(runner.sequence)
 
     assert reused > 0.25 * asked
     assert accepted > 1000
@@ -281,7 +284,7 @@ def test_what_another_conversation_displaced_comes_back_from_memory() -> None:
 def test_a_restart_finds_the_prefix_on_disk(tmp_path: Path) -> None:
     first = make_runner(fakes.FakeModel(), disk=tmp_path)
     answer(first, agent_prompt(1, shown=1), 3)
-    first.persist()
+    first.slots.persist(first.sequence)
     model = fakes.FakeModel()
 
     ids, clock = answer(make_runner(model, disk=tmp_path), agent_prompt(2, shown=2), 3)
@@ -293,7 +296,7 @@ def test_a_restart_finds_the_prefix_on_disk(tmp_path: Path) -> None:
 def test_a_bundle_never_sees_the_files_of_another(tmp_path: Path) -> None:
     first = make_runner(fakes.FakeModel(), disk=tmp_path, bundle="one")
     answer(first, agent_prompt(1, shown=1), 3)
-    first.persist()
+    first.slots.persist(first.sequence)
 
     clock = answer(make_runner(fakes.FakeModel(), disk=tmp_path, bundle="two"), agent_prompt(1, shown=1), 3)[
         1

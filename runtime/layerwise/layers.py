@@ -11,7 +11,7 @@ and for 10,000: hence layer by layer and not, as elsewhere, chunk by chunk.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -68,18 +68,17 @@ class Layers:
         embeds: NDArray[np.float32],
         positions: NDArray[np.int64],
         cache: KVCache,
-        cancelled: Callable[[], bool],
-    ) -> bool:
+    ) -> Iterator[None]:
         """Append T tokens to the cache.
 
         Args:
             embeds: (1, T, C).
             positions: (3, T).
-            cache: holds the P tokens before; holds P + T afterwards, or P if cancelled.
-            cancelled: asked before each run of the graph.
+            cache: holds the P tokens before; holds P + T when the iterator has ended, and P if it is closed
+                before that.
 
         Returns:
-            False if it was cancelled.
+            Iterator that takes a break between runs of the graph.
 
         Raises:
             BundleError: the graph fails.
@@ -97,8 +96,8 @@ class Layers:
         places = np.ascontiguousarray(positions[:, None])
         with ThreadPoolExecutor(self._threads, "expand") as pool:
             for number, layer in enumerate(self._index):
-                if cancelled():
-                    return False
+                if number:
+                    yield
                 self._load(layer, weights, pool)
                 binding = Binding(
                     self._session,
@@ -106,8 +105,8 @@ class Layers:
                     _renamed(cache.present, f"present.{number}.", "present."),
                 )
                 for first in range(0, tokens, CHUNK):
-                    if first and cancelled():
-                        return False
+                    if first:
+                        yield
                     part = slice(first, min(first + CHUNK, tokens))
                     feeds = {
                         "x": stream[:, part],
@@ -120,7 +119,6 @@ class Layers:
                     binding.run(feeds, {"y": grown[:, part]}, self._shrink if last else None)
                 stream, grown = grown, stream
         cache.length = start + tokens
-        return True
 
     def _load(self, layer: LayerWeights, weights: dict[str, NDArray[Any]], pool: ThreadPoolExecutor) -> None:
         for matrix in layer.matrices:

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autoglm_edge.runtime.cache import KVCache
+from autoglm_edge.runtime.manifest import TokenSpec
 from autoglm_edge.runtime.prompt.build import Prompt
 from autoglm_edge.runtime.prompt.image import PatchedImage
 
@@ -79,6 +80,21 @@ def shared_length(first: Keys, second: Keys) -> int:
     return int(differ.argmax()) if differ.any() else length
 
 
+def stable_length(ids: NDArray[np.int64], tokens: TokenSpec) -> int:
+    """How many tokens of a prompt the next one of the same conversation will probably share.
+
+    A phone agent takes the picture out of a turn when that is past, so all before the pictures of the last
+    turn stays. A turn begins with a token that also ends an answer; without a picture in it all stays.
+    """
+    ends = np.flatnonzero(np.isin(ids, tokens.eos))
+    turn = int(ends[-1]) if ends.size else 0
+    places = np.flatnonzero(ids[turn:] == tokens.image)
+    if not places.size:
+        return len(ids)
+    place = turn + int(places[0])
+    return place - 1 if place and ids[place - 1] == tokens.image_start else place
+
+
 class CachedSequence:
     """Keys of the tokens in a KV cache, as many as the cache says it holds.
 
@@ -117,3 +133,7 @@ class CachedSequence:
     def truncate(self, length: int) -> None:
         """Forget the tokens from `length` on."""
         self.cache.truncate(length)
+
+    def take_back(self, count: int) -> None:
+        """Forget the last tokens."""
+        self.cache.truncate(self.cache.length - count)

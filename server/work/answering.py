@@ -3,21 +3,22 @@
 In: messages, texts, ids. Out: `Prompt`s, and the deltas of an answer. Knows nothing of HTTP and of queues.
 
 Prompts are made in any thread, at any time; they are checked completely there, the context included.
-Answers are given one at a time.
+Answers are given in one thread, several at a time.
 """
 
 from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 
 from autoglm_edge.errors import ContextLengthError, PromptError, RequestError
-from autoglm_edge.runtime.answer import Delta
+from autoglm_edge.runtime.batch.batch import Batch, Event
 from autoglm_edge.runtime.engine import Engine
 from autoglm_edge.runtime.prompt.build import Prompt, prompt_from_ids
 from autoglm_edge.runtime.sampling import SamplingParams
@@ -43,8 +44,37 @@ class Wanted:
     max_tokens: int
 
 
+class Answers(Protocol):
+    """Answers that are given together."""
+
+    @property
+    def room(self) -> int:
+        """Answers that could begin at once."""
+
+    @property
+    def active(self) -> int:
+        """Answers that have begun and not ended."""
+
+    def begin(self, wanted: Wanted, cancel: threading.Event) -> int:
+        """Begin an answer; its time counts from now. Returns its number.
+
+        Raises:
+            RequestError: the engine is closed.
+        """
+
+    def drop(self, number: int) -> None:
+        """Forget an answer, if it has not ended."""
+
+    def step(self) -> list[Event]:
+        """Go on with all; what came of it."""
+
+
 class Answering(Protocol):
     """An engine, as the server sees it."""
+
+    @property
+    def concurrency(self) -> int:
+        """Answers that it gives at a time."""
 
     @property
     def context(self) -> int:
@@ -78,8 +108,8 @@ class Answering(Protocol):
     def text_of(self, ids: Sequence[int]) -> str:
         """Text of ids."""
 
-    def answer_wanted(self, wanted: Wanted, cancel: threading.Event) -> Generator[Delta, None, None]:
-        """Deltas of an answer; the last one carries the counts."""
+    def answers(self) -> AbstractContextManager[Answers]:
+        """Give answers until the context is left; in one thread, and nowhere else meanwhile."""
 
     def close(self) -> None:
         """Free everything."""
@@ -158,19 +188,11 @@ class ServedEngine(Engine):
         """See `Answering`."""
         return self.tokenizer.decode(ids)
 
-    def answer_wanted(self, wanted: Wanted, cancel: threading.Event) -> Generator[Delta, None, None]:
-        """Deltas of an answer; time counts from the first step.
-
-        Raises:
-            RequestError: the engine is closed, or gives another answer.
-        """
-        yield from self.answer(
-            wanted.prompt,
-            wanted.sampling,
-            max_tokens=wanted.max_tokens,
-            stop=wanted.stops,
-            cancel=cancel,
-        )
+    @contextmanager
+    def answers(self) -> Iterator[Answers]:
+        """See `Answering`."""
+        with self.batch() as batch:
+            yield ServedAnswers(self, batch)
 
     def _begin_of_answer(self) -> list[int]:
         ids = self.tokenizer.encode(SKIP)
@@ -180,6 +202,39 @@ class ServedEngine(Engine):
                 "tokens for thinking; leave it out"
             )
         return ids
+
+
+class ServedAnswers:
+    """What an engine's batch is to the server; see `Answers`."""
+
+    def __init__(self, engine: Engine, batch: Batch) -> None:
+        self._engine = engine
+        self._batch = batch
+
+    @property
+    def room(self) -> int:
+        """See `Answers`."""
+        return self._batch.room
+
+    @property
+    def active(self) -> int:
+        """See `Answers`."""
+        return self._batch.active
+
+    def begin(self, wanted: Wanted, cancel: threading.Event) -> int:
+        """See `Answers`."""
+        job = self._engine.job(
+            wanted.prompt, wanted.sampling, max_tokens=wanted.max_tokens, stop=wanted.stops, cancel=cancel
+        )
+        return self._batch.add(job)
+
+    def drop(self, number: int) -> None:
+        """See `Answers`."""
+        self._batch.drop(number)
+
+    def step(self) -> list[Event]:
+        """See `Answers`."""
+        return self._batch.step()
 
 
 def _extend(prompt: Prompt, ids: Sequence[int]) -> Prompt:

@@ -1,0 +1,253 @@
+"""Answers that are given together: one prompt is read, piece by piece, while all others go on token by token.
+
+    add ─ waits for a slot ─ reading (pieces) ─ decoding (one run for all) ─ deltas
+                                    └──── by turns, in `step` ────┘
+
+In: prompts and how to answer them. Out: deltas, each with the number of its answer. Belongs to one thread.
+Knows nothing of messages and of who asks.
+
+A lone answer is drafted; several are not, because a row of a run is worth more as an answer than as a guess.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections import deque
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from autoglm_edge.runtime.answer import Clock, Delta, Usage
+from autoglm_edge.runtime.generation import Cancel, Drafter, Generation
+from autoglm_edge.runtime.manifest import TokenSpec
+from autoglm_edge.runtime.prompt.build import Prompt
+from autoglm_edge.runtime.prompt.tokenizer import Tokenizer
+from autoglm_edge.runtime.reply import Reply
+from autoglm_edge.runtime.reuse.options import Lookup
+from autoglm_edge.runtime.reuse.pace import Pace
+from autoglm_edge.runtime.runner import Reading, Runner
+from autoglm_edge.runtime.sampling import Sampler
+from autoglm_edge.runtime.stops import StopText
+
+Event = tuple[int, "Delta | Exception"]
+"""Of the answer of that number: what it adds, or why it failed. A delta with a finish_reason is the last."""
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """What is to be answered, and how; everything in it was checked.
+
+    Attributes:
+        prompt: leaves room for the budget in the context.
+        sampler: of this answer alone.
+        stops: strings that end it.
+        budget: tokens at most.
+        cancel: ends it within one run of a graph.
+        clock: began when it was asked for.
+    """
+
+    prompt: Prompt
+    sampler: Sampler
+    stops: StopText
+    budget: int
+    cancel: Cancel = field(default_factory=lambda: Cancel(None))
+    clock: Clock = field(default_factory=Clock)
+
+
+@dataclass(eq=False)
+class _Answer:
+    """A job on its way."""
+
+    number: int
+    job: Job
+    reply: Reply
+    reading: Reading | None = None
+    generation: Generation | None = None
+
+
+class Batch:
+    """As many answers at a time as the runner has slots."""
+
+    def __init__(
+        self, runner: Runner, tokenizer: Tokenizer, tokens: TokenSpec, *, pace: Pace, lookup: Lookup
+    ) -> None:
+        """Empty.
+
+        Args:
+            runner: nobody else uses it as long as there are answers.
+            tokenizer: of the bundle.
+            tokens: special ids.
+            pace: what drafts are worth here; goes on learning.
+            lookup: as in ReuseOptions.
+        """
+        self._runner = runner
+        self._tokenizer = tokenizer
+        self._tokens = tokens
+        self._pace = pace
+        self._lookup = lookup
+        self._numbers = itertools.count()
+        self._waiting: deque[_Answer] = deque()
+        self._reading: _Answer | None = None
+        self._decoding: list[_Answer] = []  # in the order of their slots
+
+    @property
+    def active(self) -> int:
+        """Answers that have been added and not ended."""
+        return len(self._waiting) + (self._reading is not None) + len(self._decoding)
+
+    @property
+    def room(self) -> int:
+        """Answers that would not wait for a slot."""
+        return len(self._runner.slots.sequences) - self.active
+
+    def add(self, job: Job) -> int:
+        """Begin an answer as soon as there is a slot; returns its number."""
+        reply = Reply(self._tokenizer, eos=self._tokens.eos, stops=job.stops, budget=job.budget)
+        answer = _Answer(next(self._numbers), job, reply)
+        self._waiting.append(answer)
+        return answer.number
+
+    def drop(self, number: int) -> None:
+        """Forget an answer, if it has not ended; what is in the cache of it stays."""
+        for answer in (*self._waiting, *self._decoding, *([self._reading] if self._reading else ())):
+            if answer.number == number:
+                self._leave(answer)
+
+    def clear(self) -> None:
+        """Forget all answers."""
+        for answer in (*self._waiting, *self._decoding, *([self._reading] if self._reading else ())):
+            self._leave(answer)
+
+    def step(self) -> list[Event]:
+        """One piece of a prompt, if one is to be read, and one run for all answers that are decoded.
+
+        Returns:
+            What came of it, in no particular order of answers.
+        """
+        given_up = [one for one in (*self._waiting, *self._decoding) if one.job.cancel.is_set()]
+        events = [self._cancel(answer) for answer in given_up]
+        if self._reading is None and self._waiting and self._runner.slots.free:
+            self._reading = self._waiting.popleft()
+        if self._reading is not None:
+            self._read(self._reading, events)
+        if self._decoding:
+            self._decode(events)
+        return events
+
+    def _read(self, answer: _Answer, events: list[Event]) -> None:
+        """Take one prompt a piece further."""
+        job = answer.job
+        try:
+            if answer.reading is None:
+                answer.reading = self._runner.read(
+                    job.prompt,
+                    len(job.prompt.ids) - 1,
+                    cancelled=job.cancel.is_set,
+                    clock=job.clock,
+                    others=lambda: bool(self._decoding),
+                )
+            rows = next(answer.reading.scores, None)
+            if rows is None:
+                job.clock.prefill_done()
+                events.append(self._cancel(answer))
+            elif len(rows):
+                job.clock.prefill_done()
+                self._activate(answer, answer.reading, rows[-1])
+                self._sample(answer, events)
+        except Exception as error:  # whatever a graph throws is the matter of this answer
+            self._leave(answer)
+            events.append((answer.number, error))
+        except BaseException:
+            self._leave(answer)
+            raise
+
+    def _activate(self, answer: _Answer, reading: Reading, scores: NDArray[np.float32]) -> None:
+        job, never = answer.job, (self._tokens.image,)
+        answer.generation = Generation(
+            reading.sequence,
+            scores,
+            job.prompt.next_position,
+            sampler=job.sampler,
+            drafter=Drafter(job.prompt.ids, self._pace, self._lookup, never=never),
+            budget=job.budget,
+            clock=job.clock,
+        )
+        self._runner.slots.activate(reading.sequence)
+        self._reading = None
+        self._decoding.append(answer)
+
+    def _decode(self, events: list[Event]) -> None:
+        """Run the last token of every answer, and sample the next ones."""
+        answers = [*self._decoding]
+        going = [answer.generation for answer in answers if answer.generation is not None]
+        alone = len(going) == 1
+        started = time.perf_counter()
+        try:
+            ids = [generation.next_run(alone=alone) for generation in going]
+            if alone:
+                sequence = self._runner.slots.sequences[0]
+                rows = self._runner.feed(sequence, ids[0], going[0].position)[None]
+            else:
+                positions = [generation.position for generation in going]
+                rows = self._runner.feed_each([run[0] for run in ids], positions)[:, None]
+        except Exception as error:  # the run was for all of them
+            for answer in answers:
+                self._leave(answer)
+                events.append((answer.number, error))
+            return
+        except BaseException:
+            self.clear()
+            raise
+        milliseconds = 1e3 * (time.perf_counter() - started)
+        for answer, generation, scores in zip(answers, going, rows, strict=True):
+            generation.ran(scores, milliseconds, alone=alone)
+            self._sample(answer, events)
+
+    def _sample(self, answer: _Answer, events: list[Event]) -> None:
+        """Take all tokens whose scores are there."""
+        generation = answer.generation
+        try:
+            while generation is not None and generation.ready and answer.reply.ending is None:
+                if answer.job.cancel.is_set():
+                    events.append(self._cancel(answer))
+                    return
+                delta = answer.reply.push(generation.sample())
+                if delta is not None:
+                    events.append((answer.number, delta))
+        except Exception as error:  # such as scores of damaged weights
+            self._leave(answer)
+            events.append((answer.number, error))
+            return
+        if answer.reply.ending is not None:
+            events.append(self._end(answer))
+
+    def _cancel(self, answer: _Answer) -> Event:
+        answer.reply.cancel()
+        return self._end(answer)
+
+    def _end(self, answer: _Answer) -> Event:
+        """The last delta, with the counts."""
+        job, ending = answer.job, answer.reply.ending
+        assert ending is not None
+        self._leave(answer, persist=ending.reason != "cancelled")
+        tokens = len(job.prompt.ids)
+        usage = Usage(tokens, job.prompt.image_tokens, ending.sampled, job.clock.reused_tokens)
+        timings = job.clock.timings(tokens, ending.sampled, self._runner.plan)
+        return answer.number, Delta(ending.text, ending.token_ids, ending.reason, usage, timings)
+
+    def _leave(self, answer: _Answer, *, persist: bool = False) -> None:
+        """Give back the slot."""
+        if answer in self._waiting:
+            self._waiting.remove(answer)
+        if answer is self._reading:
+            self._reading = None
+        if answer in self._decoding:
+            # The last one takes its place, as the sequences do in their slots.
+            place = self._decoding.index(answer)
+            self._decoding[place] = self._decoding[-1]
+            self._decoding.pop()
+        if answer.reading is not None:
+            self._runner.release(answer.reading.sequence, persist=persist)
+            answer.reading = None
