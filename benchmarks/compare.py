@@ -150,7 +150,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = [
         engine
         for engine in engines(models, options.peers_python, options.torch_python)
-        if not options.only or any(word.lower() in engine.name.lower() for word in options.only)
+        if not options.only or any(_names(word, engine.name) for word in options.only)
     ]
     prepared: dict[str, Model] = {}
     failed: dict[str, dict[str, Any]] = {}
@@ -269,9 +269,15 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=usable_cores())
     parser.add_argument("--peers-python", default=sys.executable, help="interpreter that has the peers")
     parser.add_argument("--torch-python", default=sys.executable, help="interpreter that has transformers")
-    parser.add_argument("--only", type=_words, default=[], help="words of engines' names")
+    parser.add_argument("--only", type=_words, default=[], help="words of engines' names; =NAME is one engine")
     parser.add_argument("-o", "--output", type=Path, default=HERE / "results" / "compare.json")
     return parser.parse_args(arguments)
+
+
+def _names(word: str, engine: str) -> bool:
+    """Whether a word of --only means an engine: it is in its name, or begins with = and is the name."""
+    word, name = word.lower(), engine.lower()
+    return word[1:] == name if word.startswith("=") else word in name
 
 
 def _words(text: str) -> list[str]:
