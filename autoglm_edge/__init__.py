@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from autoglm_edge.runtime.bundle import Bundle
     from autoglm_edge.runtime.engine import Engine
     from autoglm_edge.runtime.reuse.options import ReuseOptions
+    from autoglm_edge.runtime.sampling import SamplingParams
 
     load = Engine.load
 
@@ -64,6 +65,7 @@ __all__ = [
     "QuantError",
     "RequestError",
     "ReuseOptions",
+    "SamplingParams",
     "SimulationError",
     "Timings",
     "Usage",
@@ -82,6 +84,7 @@ _LAZY = {
     "Delta": "autoglm_edge.runtime.answer",
     "Engine": "autoglm_edge.runtime.engine",
     "ReuseOptions": "autoglm_edge.runtime.reuse.options",
+    "SamplingParams": "autoglm_edge.runtime.sampling",
     "Timings": "autoglm_edge.runtime.answer",
     "Usage": "autoglm_edge.runtime.answer",
     "estimate": "autoglm_edge.export.pipeline",

@@ -12,7 +12,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from numbers import Integral
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -21,11 +20,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from autoglm_edge.errors import BundleError, ContextLengthError, RequestError
+from autoglm_edge.errors import ContextLengthError, RequestError
 
 from .answer import Clock, Delta
 from .batch.batch import Batch, Job
 from .bundle import Bundle
+from .checks import check_concurrency, check_context, check_ids, check_max_tokens, is_whole
 from .generation import Cancel
 from .grammar import ANY_OBJECT, Grammar, Grammars
 from .machine.prepared import Tell
@@ -45,8 +45,6 @@ from .stops import StopText, read_stops
 
 DEFAULT_CONTEXT = 25480
 """Tokens held unless asked otherwise: what the reference deployment of the phone agent serves."""
-MOST_ANSWERS = 64
-"""That a batch may give at a time."""
 GUARD_STOPS = ("</answer>",)
 """Never part of an answer: agents parse what stands before it, and a trailing one breaks their parser."""
 
@@ -96,14 +94,11 @@ class Engine:
         manifest = bundle.manifest
         limit = manifest.geometry.context_length
         self.bundle = bundle
-        if context is not None and not (_is_whole(context) and 1 <= context <= limit):
-            raise RequestError(
-                f"context is {context!r}, but this model has positions for 1 to {limit} tokens"
-            )
+        check_context(context, limit)
         self.context = min(limit, DEFAULT_CONTEXT) if context is None else int(context)
         if image_layout not in IMAGE_LAYOUTS:
             raise RequestError(f"image_layout is {image_layout!r}, must be one of {', '.join(IMAGE_LAYOUTS)}")
-        if max_image_tokens is not None and not _is_whole(max_image_tokens):
+        if max_image_tokens is not None and not is_whole(max_image_tokens):
             raise RequestError(f"max_image_tokens is {max_image_tokens!r}, must be an integer")
         if max_image_tokens is not None and max_image_tokens >= manifest.image.max_tokens:
             max_image_tokens = None
@@ -112,11 +107,10 @@ class Engine:
             manifest.image if max_image_tokens is None else manifest.image.with_max_tokens(max_image_tokens)
         )
         self.tokenizer = Tokenizer.from_folder(bundle.path)
-        _check_ids(bundle, self.tokenizer)
+        check_ids(bundle, self.tokenizer)
         self.template = ChatTemplate.from_folder(bundle.path)
         self.reuse = reuse or ReuseOptions()
-        if not (_is_whole(concurrency) and 1 <= concurrency <= MOST_ANSWERS):
-            raise RequestError(f"concurrency is {concurrency!r}, must be an integer from 1 to {MOST_ANSWERS}")
+        check_concurrency(concurrency)
         self.concurrency = int(concurrency)
         options = options or SessionOptions()
         model = Model(bundle, options, tell)
@@ -297,7 +291,7 @@ class Engine:
             seed=seed,
             grammar=grammar,
         )
-        _check_max_tokens(max_tokens)
+        check_max_tokens(max_tokens)
         prompt = self.prompt(messages, max_tokens=max_tokens or 1)
         return self.answer(prompt, params, max_tokens=max_tokens, stop=stop, cancel=cancel, clock=clock)
 
@@ -344,7 +338,7 @@ class Engine:
         Args and errors are those of `answer`.
         """
         self._check_open()
-        _check_max_tokens(max_tokens)
+        check_max_tokens(max_tokens)
         if cancel is not None and not callable(getattr(cancel, "is_set", None)):
             raise RequestError(f"cancel is {cancel!r}, must be an event such as threading.Event()")
         if len(prompt.ids) + (max_tokens or 1) > self.context:
@@ -444,7 +438,7 @@ class Engine:
             )
         if len(prompt.ids) > self.context:
             raise ContextLengthError(len(prompt.ids), 0, self.context)
-        if not (_is_whole(start) and 0 <= start < len(prompt.ids)):
+        if not (is_whole(start) and 0 <= start < len(prompt.ids)):
             raise RequestError(f"start is {start!r}, must be one of the {len(prompt.ids)} tokens, from 0")
         return self._score(prompt, int(start))
 
@@ -483,33 +477,3 @@ class Engine:
             yield
         finally:
             self._busy.release()
-
-
-def _check_max_tokens(max_tokens: int | None) -> None:
-    if max_tokens is not None and not (_is_whole(max_tokens) and max_tokens >= 1):
-        raise RequestError(f"max_tokens is {max_tokens!r}, must be an integer of at least 1")
-
-
-def _is_whole(value: object) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool)
-
-
-def _check_ids(bundle: Bundle, tokenizer: Tokenizer) -> None:
-    """Every id that can be fed or sampled must have a row in embedding and head.
-
-    Raises:
-        BundleError: tokenizer.json or manifest.json names an id beyond.
-    """
-    vocab, tokens = bundle.manifest.geometry.vocab, bundle.manifest.tokens
-    if tokenizer.vocab_size > vocab:
-        raise BundleError(
-            f"{bundle.path}: tokenizer.json has ids up to {tokenizer.vocab_size - 1}, but the decoder scores "
-            f"{vocab}; they are not of one export, export the checkpoint again"
-        )
-    meant = {"image": tokens.image, "image_start": tokens.image_start, "image_end": tokens.image_end}
-    for name, token in [*meant.items(), *(("eos", token) for token in tokens.eos)]:
-        if token >= vocab:
-            raise BundleError(
-                f"{bundle.path}: manifest.json names {token} as {name} token, but the decoder scores "
-                f"{vocab} ids; export the checkpoint again"
-            )

@@ -13,7 +13,7 @@ import httpx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from server_fixtures import CHAT, HI, ScriptedEngine, events_of, running, wait_until
+from server_fixtures import CHAT, HI, ScriptedEngine, events_of, running, text_of, wait_until
 
 from autoglm_edge.errors import BundleError
 from autoglm_edge.server.limits import Limits
@@ -114,6 +114,61 @@ def test_more_than_may_wait_are_turned_away_and_the_others_are_served(
         assert live.chat("now").status_code == 200
 
 
+# --- several answers at a time
+
+
+def test_as_many_answers_are_given_at_a_time_as_the_engine_can(
+    engine: ScriptedEngine, pool: ThreadPoolExecutor
+) -> None:
+    engine.concurrency = 2
+    with running(lambda: engine, limits=Limits(queue=1)) as live:
+        engine.gate.clear()
+        futures = [pool.submit(live.chat, text) for text in ("one", "two", "three")]
+        wait_until(lambda: live.service.gauges()["admitted_requests"][1] == 3)
+        refused = live.chat("four")
+        engine.gate.set()
+        said = {future.result().json()["choices"][0]["message"]["content"] for future in futures}
+
+    assert refused.status_code == 429
+    assert said == {"one", "two", "three"}
+
+
+def test_answers_of_one_request_are_given_together_and_in_their_places(engine: ScriptedEngine) -> None:
+    engine.concurrency = 3
+    with running(lambda: engine) as live:
+        whole = live.post("/v1/completions", {"prompt": ["ab", "cd", "ef"], "n": 2, "max_tokens": 9})
+        events = events_of(live.chat("xyz", n=5, stream=True))
+
+    texts = [choice["text"] for choice in whole.json()["choices"]]
+    assert texts == ["ab", "ab", "cd", "cd", "ef", "ef"]
+    assert [text_of(events, index=index) for index in range(5)] == ["xyz"] * 5
+
+
+def test_an_answer_that_fails_takes_its_request_with_it_and_no_other(
+    engine: ScriptedEngine, pool: ThreadPoolExecutor
+) -> None:
+    engine.concurrency = 4
+    pieces = engine._pieces
+
+    def sometimes(said: str, *arguments: Any) -> Iterator[Any]:
+        first, *rest = pieces(said, *arguments)
+        yield first
+        if said == "bad":
+            raise RuntimeError("a graph failed")
+        yield from rest
+
+    engine._pieces = sometimes  # type: ignore[method-assign]
+    with running(lambda: engine) as live:
+        answers = [
+            pool.submit(live.chat, text, n=3)
+            for text in ("good", "bad", "fine", "bad", "well", "bad", "done")
+        ]
+        codes = [answer.result().status_code for answer in answers]
+        wait_until(lambda: live.service.gauges()["admitted_requests"][1] == 0)
+
+    assert codes == [200, 500, 200, 500, 200, 500, 200]
+
+
 # --- clients that go away
 
 
@@ -165,9 +220,11 @@ def test_all_of_several_answers_end_with_their_client(engine: ScriptedEngine) ->
     assert engine.begun == ["Hi"]
 
 
+@pytest.mark.parametrize("concurrency", [1, 3])
 def test_many_clients_that_come_and_go_leave_nothing_behind(
-    engine: ScriptedEngine, pool: ThreadPoolExecutor
+    engine: ScriptedEngine, pool: ThreadPoolExecutor, concurrency: int
 ) -> None:
+    engine.concurrency = concurrency
     with running(lambda: engine, limits=Limits(queue=100)) as live:
 
         def come_and_go(number: int) -> str:
