@@ -9,7 +9,6 @@ measurement at most. It belongs to one model, reference and set of formats, and 
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import math
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from autoglm_edge.errors import ParityError
+from autoglm_edge.files import replace_file, try_lock
 
 FORMAT = "autoglm-edge sensitivity"
 VERSION = 1
@@ -106,16 +106,16 @@ class Journal:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(lock, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o644)
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+            locked = try_lock(self._lock)
+        except OSError as error:
+            self._free()
+            raise ParityError(f"the workspace {self.path.parent} cannot be used: {error}") from error
+        if not locked:
             self._free()
             raise ParityError(
                 f"another process measures in {self.path.parent} (it holds {lock.name}); wait for it, or "
                 "name another workspace"
-            ) from error
-        except OSError as error:
-            self._free()
-            raise ParityError(f"the workspace {self.path.parent} cannot be used: {error}") from error
+            )
         try:
             self._read()
         except BaseException:
@@ -205,13 +205,9 @@ class Journal:
                 for key, item in self._measured.items()
             },
         }
-        new = self.path.with_name(self.path.name + ".new")
+        text = json.dumps(document, indent=1, ensure_ascii=False) + "\n"
         try:
-            with new.open("w", encoding="utf-8") as file:
-                file.write(json.dumps(document, indent=1, ensure_ascii=False) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(new, self.path)
+            replace_file(self.path, text.encode())
         except OSError as error:
             raise ParityError(f"{self.path} cannot be written: {error}") from error
 

@@ -7,11 +7,11 @@ default. Knows nothing of checkpoints and measurements.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 
 from autoglm_edge.errors import QuantError
+from autoglm_edge.files import replace_file
 from autoglm_edge.quantize.channels import ChannelFormat
 from autoglm_edge.quantize.recipe import Recipe
 from autoglm_edge.quantize.rule import Rule
@@ -45,12 +45,9 @@ def write_recipe(path: str | Path, recipe: Recipe, remarks: Iterable[str] = ()) 
         lines.append(f"prefill = {_text(recipe.prefill)}")
     for rule in recipe.rules:
         lines += ["", "[[rule]]", *_rule_lines(rule)]
-    partial = target.with_name(target.name + ".partial")
     try:
-        partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        os.replace(partial, target)
+        replace_file(target, ("\n".join(lines) + "\n").encode())
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise QuantError(f"the recipe {target} cannot be written: {error.strerror or error}") from error
 
 

@@ -12,13 +12,13 @@ holds.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
 from pathlib import Path
 
 from autoglm_edge.errors import ExportError
+from autoglm_edge.files import try_lock
 from autoglm_edge.runtime.manifest import MANIFEST_NAME
 
 SUFFIX = ".partial"
@@ -118,14 +118,12 @@ class Staging:
                 handle = os.open(self._lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
             except FileNotFoundError:
                 continue  # the other process tidied up between the two calls
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
+            if not _is_ours(handle):
                 os.close(handle)
                 raise ExportError(
                     f"another process is exporting to {self.output} (it holds {self._lock_path}); "
                     "wait for it, or choose another output folder"
-                ) from error
+                )
             try:
                 same = os.path.samestat(os.fstat(handle), os.stat(self._lock_path))
             except FileNotFoundError:
@@ -206,6 +204,14 @@ def nearest_folder(path: Path) -> Path:
     while not path.exists() and path != path.parent:
         path = path.parent
     return path
+
+
+def _is_ours(handle: int) -> bool:
+    """Whether the lock could be taken; a file system without locks counts as taken by another."""
+    try:
+        return try_lock(handle)
+    except OSError:
+        return False
 
 
 def write_file(path: Path, content: bytes) -> None:

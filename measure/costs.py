@@ -9,13 +9,12 @@ be read, or was measured on another processor, counts as not there. Measures not
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from autoglm_edge.errors import DeviceError
+from autoglm_edge.files import replace_file
 from autoglm_edge.runtime.bundle import Bundle
 from autoglm_edge.runtime.machine.folders import cache_folder
 
@@ -92,10 +91,7 @@ def keep_costs(report: BenchReport) -> Path | None:
     try:
         path = _path(report.fingerprint)
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".costs-")
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(costs.to_json(), file)
-        os.replace(temporary, path)
+        replace_file(path, json.dumps(costs.to_json()).encode())
     except (OSError, DeviceError):
         return None
     return path

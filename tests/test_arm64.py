@@ -623,7 +623,7 @@ def test_the_guest_is_laid_out_with_the_runtime_alone(tmp_path: Path) -> None:
         own = {name for name in done.stdout.split() if name.startswith("autoglm_edge.")}
 
     assert "autoglm_edge/runtime/engine.py" in found and "autoglm_edge/cli.py" not in found
-    assert {name.split(".")[1] for name in own} == {"errors", "runtime", "android_sim"}
+    assert {name.split(".")[1] for name in own} == {"errors", "files", "runtime", "android_sim"}
     assert not app.exists()
 
 

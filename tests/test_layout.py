@@ -58,10 +58,11 @@ THIRD_PARTY = {
     "": {"click", "numpy", "PIL"},
 }
 INTERNAL = {
-    "runtime": ("autoglm_edge.errors",),
-    "quantize": ("autoglm_edge.errors",),
+    "runtime": ("autoglm_edge.errors", "autoglm_edge.files"),
+    "quantize": ("autoglm_edge.errors", "autoglm_edge.files"),
     "export": (
         "autoglm_edge.errors",
+        "autoglm_edge.files",
         "autoglm_edge.embedded",
         "autoglm_edge.quantize",
         "autoglm_edge.runtime.bundle",
@@ -73,21 +74,24 @@ INTERNAL = {
     ),
     "parity": (
         "autoglm_edge.errors",
+        "autoglm_edge.files",
         "autoglm_edge.embedded",
         "autoglm_edge.export.source.checkpoint",
         "autoglm_edge.runtime",
     ),
     "autorecipe": (
         "autoglm_edge.errors",
+        "autoglm_edge.files",
         "autoglm_edge.embedded",
         "autoglm_edge.export",
         "autoglm_edge.parity",
         "autoglm_edge.quantize",
         "autoglm_edge.runtime",
     ),
-    "measure": ("autoglm_edge.errors", "autoglm_edge.runtime"),
+    "measure": ("autoglm_edge.errors", "autoglm_edge.files", "autoglm_edge.runtime"),
     "android_sim": (
         "autoglm_edge.errors",
+        "autoglm_edge.files",
         "autoglm_edge.embedded",
         "autoglm_edge.measure",
         "autoglm_edge.parity",
@@ -95,18 +99,20 @@ INTERNAL = {
     ),
     "server": (
         "autoglm_edge.errors",
+        "autoglm_edge.files",
         "autoglm_edge.measure.memory",
         "autoglm_edge.runtime",
         "autoglm_edge.speech",
     ),
-    "offline": ("autoglm_edge.errors", "autoglm_edge.runtime", "autoglm_edge.server"),
+    "offline": ("autoglm_edge.errors", "autoglm_edge.files", "autoglm_edge.runtime", "autoglm_edge.server"),
     "cluster": (
         "autoglm_edge.errors",
+        "autoglm_edge.files",
         "autoglm_edge.offline",
         "autoglm_edge.runtime",
         "autoglm_edge.server",
     ),
-    "speech": ("autoglm_edge.errors",),
+    "speech": ("autoglm_edge.errors", "autoglm_edge.files"),
     "": ("autoglm_edge",),
 }
 RECORDER = "torch_model.py"  # of parity/: where the original model is asked

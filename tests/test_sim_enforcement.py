@@ -529,11 +529,11 @@ def test_a_full_disk_stops_a_run_before_anything_is_made(
 ) -> None:
     tree = FakeTree(monkeypatch, V1_FILES)
 
-    def full(path: Path, *args: object, **options: object) -> int:
+    def full(path: Path, content: bytes) -> None:
         raise OSError(28, "No space left on device")
 
     enforcement = CgroupV1(budget(100), root=v1_host(tmp_path))
-    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr("autoglm_edge.android_sim.limits.journal.replace_file", full)
 
     with pytest.raises(SimulationError, match="No space left on device"):
         enforcement.__enter__()

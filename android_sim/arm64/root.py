@@ -21,12 +21,14 @@ import platform
 import shutil
 import stat
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from autoglm_edge.errors import DeviceError, SimulationError
+from autoglm_edge.files import try_lock
 from autoglm_edge.runtime.machine.folders import cache_folder
 from autoglm_edge.runtime.machine.prepared import Tell
 
@@ -58,6 +60,7 @@ PYTHON_PACKAGES = (
 EMULATOR_SUITE = "trixie"
 EMULATOR_PACKAGE = "qemu-user"
 EMULATOR = "qemu-aarch64"
+_WAIT_SECONDS = 0.5
 _ARCHITECTURES = {"x86_64": "amd64", "amd64": "amd64", "aarch64": "arm64", "arm64": "arm64"}
 
 
@@ -233,8 +236,6 @@ def _locked(folder: Path, tell: Tell) -> Iterator[None]:
     Raises:
         SimulationError: the folder cannot be written.
     """
-    import fcntl  # not on Windows, where nothing comes this far
-
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         file = (folder / "lock").open("ab")
@@ -243,11 +244,10 @@ def _locked(folder: Path, tell: Tell) -> Iterator[None]:
             f"{folder} cannot be written ({error.strerror}); set AUTOGLM_EDGE_CACHE to another folder"
         ) from error
     with file:  # closing it frees the lock
-        try:
-            fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        if not try_lock(file.fileno()):
             tell.say(f"Another process is fetching what the ARM check needs; waiting for it ({file.name})")
-            fcntl.flock(file.fileno(), fcntl.LOCK_EX)
+            while not try_lock(file.fileno()):
+                time.sleep(_WAIT_SECONDS)
         yield
 
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from autoglm_edge.errors import DeviceError, SimulationError
+from autoglm_edge.files import replace_file
 from autoglm_edge.runtime.machine.folders import cache_folder
 
 Undo = Callable[[Mapping[str, Any]], None]
@@ -74,9 +75,7 @@ class Journal:
                 self._path.unlink(missing_ok=True)
                 return
             self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            growing = self._path.with_suffix(".part")
-            growing.write_text(json.dumps({"boot": self._boot, "made": self._made}))
-            os.replace(growing, self._path)
+            replace_file(self._path, json.dumps({"boot": self._boot, "made": self._made}).encode())
         except OSError as error:
             raise SimulationError(
                 f"{self._path} cannot be written ({error.strerror or error}), and without it a crash would "

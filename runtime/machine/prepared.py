@@ -29,7 +29,6 @@ import logging
 import os
 import shutil
 import stat
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -40,6 +39,7 @@ from typing import Protocol
 import onnxruntime as ort
 
 from autoglm_edge.errors import BundleError, DeviceError
+from autoglm_edge.files import try_lock
 from autoglm_edge.runtime.bundle import Bundle
 from autoglm_edge.runtime.session import SessionOptions
 
@@ -360,27 +360,11 @@ def _locked(path: Path, tell: Tell) -> Iterator[None]:
     """Hold a lock that ends with this process, waiting for another that holds it."""
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     with path.open("ab") as file:
-        if not _try_lock(file.fileno()):
+        if not try_lock(file.fileno()):
             tell.say(f"Another process is preparing these weights; waiting for it ({path})")
-            while not _try_lock(file.fileno()):
+            while not try_lock(file.fileno()):
                 threading.Event().wait(_WATCH_SECONDS)
         yield  # closing the file frees the lock
-
-
-def _try_lock(descriptor: int) -> bool:
-    try:
-        if sys.platform == "win32":
-            import msvcrt
-
-            os.lseek(descriptor, 0, os.SEEK_SET)
-            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        return False
-    return True
 
 
 def _gb(count: float) -> str:

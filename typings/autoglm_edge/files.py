@@ -1,0 +1,1 @@
+../../autoglm_edge/files.py
