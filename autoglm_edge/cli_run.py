@@ -6,6 +6,7 @@ times. A skin over `Engine.chat`.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from autoglm_edge.cli_answer import (
     load_images,
     print_summary,
 )
+from autoglm_edge.cli_batch import DEFAULT_CONCURRENCY, batch_options, read_batch_options, run_batch
 from autoglm_edge.cli_chat import hold_chat
 from autoglm_edge.cli_common import (
     EdgeCommand,
@@ -36,6 +38,7 @@ from autoglm_edge.cli_common import (
     read_stdin,
     weights_option,
 )
+from autoglm_edge.cli_speech import DEFAULT_MODEL, audio_options, check_audio, hear_file, open_recogniser
 from autoglm_edge.errors import EdgeError, RequestError
 
 if TYPE_CHECKING:
@@ -64,6 +67,13 @@ def _sampling_options(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--presence-penalty", type=float, help="Subtract this from what the answer has."),
         click.option("--seed", type=int, help="Draw the same tokens again."),
         click.option("--stop", multiple=True, metavar="TEXT", help="End the answer before TEXT; repeatable."),
+        click.option(
+            "--json-schema",
+            type=click.Path(path_type=Path, dir_okay=False),
+            metavar="FILE",
+            help="Hold the answer to the JSON Schema in FILE.",
+        ),
+        click.option("--json-object", is_flag=True, help="Hold the answer to JSON: any object."),
     )
     for option in reversed(options):
         command = option(command)
@@ -75,6 +85,7 @@ def _sampling_options(command: Callable[..., None]) -> Callable[..., None]:
     epilog=examples(
         'autoglm run pocket-int4 "Open the settings" -i screen.png --draw tap.png',
         "autoglm run pocket-int4 --chat",
+        "autoglm run pocket-int4 --batch requests.jsonl -o answers.jsonl",
     ),
 )
 @click.argument("bundle", metavar="OUT", type=click.Path(path_type=Path))
@@ -82,6 +93,7 @@ def _sampling_options(command: Callable[..., None]) -> Callable[..., None]:
 @click.option(
     "-i", "--image", "images", multiple=True, type=click.Path(path_type=Path), help="Picture; repeatable."
 )
+@audio_options
 @click.option("--system", metavar="TEXT_OR_@FILE", help="System prompt, or @ and the file that holds it.")
 @click.option("--chat", is_flag=True, help="Hold a conversation; type /help in it.")
 @click.option(
@@ -89,6 +101,7 @@ def _sampling_options(command: Callable[..., None]) -> Callable[..., None]:
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document as the last line.")
 @_sampling_options
+@batch_options
 @click.option(
     "--context",
     type=click.IntRange(min=1),
@@ -116,6 +129,9 @@ def run(
     bundle: Path,
     text: str | None,
     images: tuple[Path, ...],
+    audio: Path | None,
+    speech_model: str | None,
+    speech_device: Literal["cpu", "cuda"],
     system: str | None,
     chat: bool,
     draw: Path | None,
@@ -130,6 +146,16 @@ def run(
     presence_penalty: float | None,
     seed: int | None,
     stop: tuple[str, ...],
+    json_schema: Path | None,
+    json_object: bool,
+    batch: Path | None,
+    output: Path | None,
+    ordered: bool,
+    images_from: Path | None,
+    names: tuple[str, ...],
+    max_concurrency: int | None,
+    ray: str | None,
+    workers: int | None,
     context: int | None,
     threads: int | None,
     device: Literal["cpu", "cuda"],
@@ -144,11 +170,61 @@ def run(
 ) -> None:
     """Answer TEXT from the bundle in the folder OUT.
 
-    TEXT is what the user says; - reads it from standard input. The answer is printed as it is made. An
-    action in it, such as a tap, is read by the rules of the Open-AutoGLM phone agent: points are 0 to 999
-    of the screen's width and height.
+    TEXT is what the user says; - reads it from standard input, --audio hears it in a recording. The answer
+    is printed as it is made. An action in it, such as a tap, is read by the rules of the Open-AutoGLM phone
+    agent: points are 0 to 999 of the screen's width and height. With --batch, a whole file of requests is
+    answered instead.
     """
-    _check_usage(text, images, chat=chat, draw=draw, as_json=as_json)
+    singles: dict[str, object] = {
+        "TEXT": text,
+        "--image": images,
+        "--audio": audio,
+        "--speech-model": speech_model,
+        "--system": system,
+        "--chat": chat,
+        "--draw": draw,
+        "--max-tokens": max_tokens,
+        "--temperature": temperature,
+        "--top-p": top_p,
+        "--top-k": top_k,
+        "--min-p": min_p,
+        "--repetition-penalty": repetition_penalty,
+        "--frequency-penalty": frequency_penalty,
+        "--presence-penalty": presence_penalty,
+        "--seed": seed,
+        "--stop": stop,
+        "--json-schema": json_schema,
+        "--json-object": json_object,
+    }
+    many = read_batch_options(
+        batch,
+        output,
+        ordered=ordered,
+        images_from=images_from,
+        names=names,
+        max_concurrency=max_concurrency,
+        ray=ray,
+        workers=workers,
+        others=singles,
+    )
+    if many is not None:
+        from autoglm_edge.offline.opening import Opening
+        from autoglm_edge.runtime.session import SessionOptions
+
+        check_is_bundle(bundle)
+        opening = Opening(
+            bundle,
+            SessionOptions(device, threads or 0, weights, prompts, not no_prepare),
+            context=context,
+            image_layout=image_layout,
+            max_image_tokens=max_image_tokens,
+            reuse=_reuse_options(prefix_cache, lookup=not no_lookup, reuse=not no_reuse),
+            concurrency=max_concurrency or DEFAULT_CONCURRENCY,
+        )
+        run_batch(many, opening, as_json=as_json)
+        return
+    check_audio(audio, speech_model, chat=chat)
+    _check_usage(text, images, audio, chat=chat, draw=draw, as_json=as_json)
     text = None if text is None else as_unicode(text)
     stop = tuple(as_unicode(item) for item in stop)
     sampling = {
@@ -163,6 +239,7 @@ def run(
     }
     given = {name: value for name, value in sampling.items() if value is not None}
     _check_sampling(given, stop)
+    held = _read_schema(json_schema, json_object)
     reuse = _reuse_options(prefix_cache, lookup=not no_lookup, reuse=not no_reuse)
     options: dict[str, Any] = {**given, "stop": stop}
     if max_tokens is not None:
@@ -174,6 +251,10 @@ def run(
     check_is_bundle(bundle)
     conversation.images = load_images(images)
     screen = conversation.images[-1] if conversation.images else None
+    heard: str | None = None
+    if audio is not None:  # before the bundle is opened: the two need not be in memory together
+        heard = hear_file(audio, open_recogniser(speech_model or DEFAULT_MODEL, speech_device, threads or 0))
+        text = f"{text}\n{heard}" if text and text.strip() else heard
 
     from autoglm_edge.runtime.engine import Engine
 
@@ -192,16 +273,24 @@ def run(
         tell=progress,
     ) as engine:
         progress.close()
+        if held is not None:
+            options["grammar"] = engine.grammar(held)
         if chat:
             hold_chat(engine, conversation, text, options)
             return
         conversation.ask(text or "")
         answer = give_answer(engine, conversation.messages, options, cancel=None)
-    _report(answer, screen, bundle, draw, as_json)
+    _report(answer, screen, bundle, draw, as_json, heard)
 
 
 def _check_usage(
-    text: str | None, images: Sequence[Path], *, chat: bool, draw: Path | None, as_json: bool
+    text: str | None,
+    images: Sequence[Path],
+    audio: Path | None,
+    *,
+    chat: bool,
+    draw: Path | None,
+    as_json: bool,
 ) -> None:
     """Combinations that make no sense, before anything is loaded.
 
@@ -213,9 +302,9 @@ def _check_usage(
             if given:
                 raise click.UsageError(f"{name} is for a single answer, it cannot go with --chat")
         return
-    if text is None:
-        raise click.UsageError("say what to answer: TEXT, or - for standard input, or --chat")
-    if not text.strip() and not images:
+    if text is None and audio is None:
+        raise click.UsageError("say what to answer: TEXT, or - for standard input, or --audio, or --chat")
+    if text is not None and not text.strip() and not images and audio is None:
         raise click.UsageError("TEXT is empty")
     if draw is not None:
         if not images:
@@ -259,6 +348,31 @@ def _reuse_options(prefix_cache: Path | None, *, lookup: bool, reuse: bool) -> R
     return ReuseOptions(prefix_cache_dir=prefix_cache, lookup=drafts)
 
 
+def _read_schema(file: Path | None, json_object: bool) -> dict[str, Any] | bool | None:
+    """What answers are held to; None leaves them free.
+
+    Raises:
+        click.UsageError: the file cannot be read, or holds no schema that is taken.
+    """
+    if file is None:
+        return {"type": "object"} if json_object else None
+    if json_object:
+        raise click.UsageError("--json-schema says more than --json-object; leave one of them out")
+
+    from autoglm_edge.runtime.grammar import read_schema
+
+    try:
+        schema: dict[str, Any] | bool = json.loads(file.read_text(encoding="utf-8"))
+        read_schema(schema)
+    except OSError as error:
+        raise click.UsageError(f"--json-schema {file}: it cannot be read ({error.strerror})") from error
+    except (ValueError, RecursionError) as error:
+        raise click.UsageError(f"--json-schema {file}: it is not JSON in UTF-8 ({error})") from error
+    except RequestError as error:
+        raise click.UsageError(f"--json-schema {file}: {error}") from error
+    return schema
+
+
 def _read_system(system: str | None) -> str | None:
     """The text itself, or of the file after @."""
     if system is None or not system.startswith("@"):
@@ -274,7 +388,14 @@ def _read_system(system: str | None) -> str | None:
         ) from error
 
 
-def _report(answer: Answer, screen: Image | None, bundle: Path, draw: Path | None, as_json: bool) -> None:
+def _report(
+    answer: Answer,
+    screen: Image | None,
+    bundle: Path,
+    draw: Path | None,
+    as_json: bool,
+    heard: str | None,
+) -> None:
     """Picture, document or summary of an answer.
 
     Raises:
@@ -299,6 +420,7 @@ def _report(answer: Answer, screen: Image | None, bundle: Path, draw: Path | Non
             "text": answer.text,
             "thinking": parse_thinking(answer.text),
             "action": action.to_json(size) if action else None,
+            **({"heard": heard} if heard is not None else {}),
             **counts_of(answer.last),
             "bundle": str(bundle),
             "image_size": list(size) if size else None,

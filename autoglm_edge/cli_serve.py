@@ -7,12 +7,16 @@ request. A skin over `autoglm_edge.server`.
 from __future__ import annotations
 
 import logging
+import os
 import re
+import sys
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import click
+from click.core import ParameterSource
 
 from autoglm_edge.cli_common import (
     EdgeCommand,
@@ -26,6 +30,7 @@ from autoglm_edge.cli_common import (
     prompts_option,
     weights_option,
 )
+from autoglm_edge.cli_speech import open_recogniser, speech_device_option, speech_model_option
 from autoglm_edge.errors import RequestError
 
 if TYPE_CHECKING:
@@ -109,6 +114,14 @@ def _limit_options(command: Callable[..., None]) -> Callable[..., None]:
     """How much is taken; the defaults are those of `Limits`."""
     options = (
         click.option(
+            "--max-concurrency",
+            type=click.IntRange(1, 64),
+            default=4,
+            show_default=True,
+            metavar="N",
+            help="Answers that are given at a time; each keeps a context of its own in memory.",
+        ),
+        click.option(
             "--max-queue",
             type=click.IntRange(min=1),
             metavar="N",
@@ -128,6 +141,12 @@ def _limit_options(command: Callable[..., None]) -> Callable[..., None]:
             type=click.IntRange(min=1),
             metavar="N",
             help="Of one picture, before it is shrunk. [default: 16000000]",
+        ),
+        click.option(
+            "--max-audio-seconds",
+            type=click.FloatRange(min=0, min_open=True),
+            metavar="SECONDS",
+            help="Of all sounds of one request. [default: 300]",
         ),
         click.option(
             "--grace",
@@ -204,6 +223,16 @@ def _engine_options(command: Callable[..., None]) -> Callable[..., None]:
 @_network_options
 @_limit_options
 @_engine_options
+@speech_model_option("none, and sounds are refused")
+@speech_device_option
+@click.option(
+    "--replicas",
+    type=click.IntRange(1, 64),
+    metavar="N",
+    help="Engines behind the one address: a GPU each, or cores of their own. [default: 1]",
+)
+@click.option("--replica-socket", type=click.Path(path_type=Path), hidden=True)
+@click.option("--replica-cpus", hidden=True)
 @click.option("--no-access-log", is_flag=True, help="Do not write a line for each request.")
 def serve(
     bundle: Path,
@@ -215,11 +244,13 @@ def serve(
     insecure: bool,
     origins: tuple[str, ...],
     image_hosts: tuple[str, ...],
+    max_concurrency: int,
     max_queue: int | None,
     max_body_bytes: int | None,
     max_messages: int | None,
     max_images: int | None,
     max_image_pixels: int | None,
+    max_audio_seconds: float | None,
     grace: float | None,
     context: int | None,
     threads: int | None,
@@ -235,14 +266,21 @@ def serve(
     image_cache_bytes: int | None,
     no_lookup: bool,
     no_reuse: bool,
+    speech_model: str | None,
+    speech_device: Literal["cpu", "cuda"],
+    replicas: int | None,
+    replica_socket: Path | None,
+    replica_cpus: str | None,
     no_access_log: bool,
 ) -> None:
     """Answer requests over HTTP from the bundle in the folder OUT, as OpenAI's API does.
 
-    Without --host only this machine is served. One answer is given at a time, other requests wait for
+    Without --host only this machine is served. Several answers are given at a time, other requests wait for
     their turn; what prompts have in common is computed once. Ctrl-C ends it: no more requests are taken, and
-    the answer under way may end.
+    the answers under way may end.
     """
+    if replica_cpus is not None and hasattr(os, "sched_setaffinity"):  # before any thread begins
+        os.sched_setaffinity(0, map(int, replica_cpus.split(",")))
     check_is_bundle(bundle)
     with needs_extra("server", ("fastapi", "starlette", "uvicorn"), "a server"):
         from autoglm_edge.server.run import bind, url_of
@@ -256,6 +294,7 @@ def serve(
         "messages": max_messages,
         "images": max_images,
         "image_pixels": max_image_pixels,
+        "audio_seconds": max_audio_seconds,
     }
     settings = _settings(
         bundle,
@@ -269,6 +308,9 @@ def serve(
         limits={name: value for name, value in limits.items() if value is not None},
         grace=grace,
     )
+    if speech_model is not None:
+        recogniser = open_recogniser(speech_model, speech_device, threads or 0)
+        settings = replace(settings, listener=recogniser)
     sizes = {
         "prefix_cache_bytes": cache_bytes,
         "prefix_disk_bytes": cache_dir_bytes,
@@ -295,17 +337,70 @@ def serve(
             image_layout=image_layout,
             max_image_tokens=max_image_tokens,
             reuse=reuse,
+            concurrency=max_concurrency,
             tell=progress,
         )
         progress.close()
-        click.echo(f"Ready: up to {engine.context} tokens of prompt and answer", err=True)
+        click.echo(
+            f"Ready: up to {engine.context} tokens of prompt and answer, {max_concurrency} at a time, "
+            f"which take up to {engine.cache_bytes / 1e9:.1f} GB",
+            err=True,
+        )
         return engine
+
+    if replica_socket is not None:
+        from autoglm_edge.cluster.replica import serve_replica
+
+        serve_replica(Service(replace(settings, hosts=None), load), replica_socket)
+        return
+    if replicas is not None and replicas > 1:
+        from autoglm_edge.cluster.serve import places_of, serve_replicas
+
+        try:
+            places = places_of(replicas, cuda=device == "cuda")
+        except RequestError as error:
+            raise click.UsageError(str(error)) from error
+        command = _replica_command(click.get_current_context(), bundle)
+        with bind(host, port) as front:
+            click.echo(harmless(f"Serving {settings.names[0]} at {url_of(front)}, loading"), err=True)
+            if insecure and not settings.keys:
+                click.echo("Without a key: whoever reaches this address may ask", err=True)
+            serve_replicas(
+                settings,
+                command,
+                places,
+                front,
+                together=max_concurrency,
+                told=lambda text: click.echo(text, err=True),
+            )
+        return
 
     with bind(host, port) as listener:
         click.echo(harmless(f"Serving {settings.names[0]} at {url_of(listener)}, loading"), err=True)
         if insecure and not settings.keys:
             click.echo("Without a key: whoever reaches this address may ask", err=True)
         run_server(Service(settings, load), listener, told=lambda text: click.echo(text, err=True))
+
+
+_OF_THE_FRONT = frozenset(
+    {"host", "port", "api_keys", "api_key_file", "insecure", "origins"}
+    | {"bundle", "replicas", "replica_socket", "replica_cpus", "no_access_log"}
+)
+"""Parameters that a replica does not get: it is asked by the front alone."""
+
+
+def _replica_command(context: click.Context, bundle: Path) -> list[str]:
+    """What starts one replica with the options of this command."""
+    command = [sys.executable, "-m", "autoglm_edge", "serve", str(bundle), "--no-access-log"]
+    for option in context.command.params:
+        name = option.name or ""
+        value = context.params.get(name)
+        given = context.get_parameter_source(name) is not ParameterSource.DEFAULT
+        if name in _OF_THE_FRONT or not given or value is None or value is False:
+            continue
+        for item in value if isinstance(value, tuple) else (value,):
+            command += [option.opts[0]] if item is True else [option.opts[0], str(item)]
+    return command
 
 
 def _settings(
@@ -318,7 +413,7 @@ def _settings(
     insecure: bool,
     origins: tuple[str, ...],
     image_hosts: tuple[str, ...],
-    limits: Mapping[str, int],
+    limits: Mapping[str, float],
     grace: float | None,
 ) -> Settings:
     """What the options say.
@@ -334,7 +429,7 @@ def _settings(
     try:
         found = Keys([*keys, *(read_key_file(key_file) if key_file is not None else ())])
         check_exposure(host, found, insecure=insecure)
-        checked = Limits(**limits)
+        checked = Limits(**cast("Any", limits))
         given: dict[str, Any] = {"grace_s": grace} if grace is not None else {}
         return Settings(
             names=model_names(bundle, names),
@@ -356,8 +451,6 @@ def _reuse(cache_dir: Path | None, sizes: Mapping[str, Any], *, lookup: bool, re
     Raises:
         click.UsageError: options contradict each other.
     """
-    from dataclasses import replace
-
     from autoglm_edge.runtime.reuse.options import ReuseOptions
 
     drafts: Literal["auto", False] = "auto" if lookup else False

@@ -269,7 +269,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=usable_cores())
     parser.add_argument("--peers-python", default=sys.executable, help="interpreter that has the peers")
     parser.add_argument("--torch-python", default=sys.executable, help="interpreter that has transformers")
-    parser.add_argument("--only", type=_words, default=[], help="words of engines' names; =NAME is one engine")
+    parser.add_argument("--only", type=_words, default=[], help="words of engines' names, or =NAME")
     parser.add_argument("-o", "--output", type=Path, default=HERE / "results" / "compare.json")
     return parser.parse_args(arguments)
 

@@ -81,6 +81,9 @@ def session_settings(options: SessionOptions, entries: Mapping[str, str] | None 
     settings.intra_op_num_threads = options.thread_count
     settings.inter_op_num_threads = 1
     settings.log_severity_level = 3
+    # Plans of memory are kept for every set of input shapes that was ever seen, and here each step and each
+    # prompt has shapes of its own: memory would grow for ever.
+    settings.enable_mem_pattern = False
     settings.add_session_config_entry("session.prepack.enable_parallel", "1")
     # A waiting thread sleeps: it costs nothing on an idle machine and is several times faster on a busy one.
     settings.add_session_config_entry("session.intra_op.allow_spinning", "0")

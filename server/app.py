@@ -18,10 +18,12 @@ from starlette.routing import Route
 
 from .asking.body import Receive, read_body
 from .gate.guard import ABOUT, About, App, Guard, shielded
+from .hearing import Hearing
 from .metrics import TYPE
 from .problem import ApiError
 from .replying.forms import Telling
 from .replying.responses import Reply, Send, document, to_bytes
+from .replying.transcripts import transcript_reply
 from .service import Kind, Service
 
 
@@ -42,10 +44,12 @@ def make_app(service: Service, *, failed: Callable[[], None] = lambda: None) -> 
         service: started and stopped with the application.
         failed: called, from another thread, if the engine cannot be loaded.
     """
-    routes = _Routes(service)
+    hearing = Hearing(service.settings, service.metrics, is_stopping=lambda: service.state == "stopping")
+    routes = _Routes(service, hearing)
     paths = {
         "/v1/chat/completions": (_Endpoint(routes.chat), ["POST"]),
         "/v1/completions": (_Endpoint(routes.completion), ["POST"]),
+        "/v1/audio/transcriptions": (_Endpoint(routes.transcription), ["POST"]),
         "/generate": (_Endpoint(routes.generate), ["POST"]),
         "/tokenize": (_Endpoint(routes.tokenize), ["POST"]),
         "/detokenize": (_Endpoint(routes.detokenize), ["POST"]),
@@ -60,6 +64,7 @@ def make_app(service: Service, *, failed: Callable[[], None] = lambda: None) -> 
         try:
             yield
         finally:
+            hearing.stop()
             service.stop()
 
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, lifespan=lifespan)
@@ -84,14 +89,25 @@ def make_app(service: Service, *, failed: Callable[[], None] = lambda: None) -> 
 class _Routes:
     """One method per route."""
 
-    def __init__(self, service: Service) -> None:
+    def __init__(self, service: Service, hearing: Hearing) -> None:
         self._service = service
+        self._hearing = hearing
 
     async def chat(self, scope: Any, receive: Receive, send: Send) -> None:
         await self._answer("chat", scope, receive, send)
 
     async def completion(self, scope: Any, receive: Receive, send: Send) -> None:
         await self._answer("completion", scope, receive, send)
+
+    async def transcription(self, scope: Any, receive: Receive, send: Send) -> None:
+        about: About = scope[ABOUT]
+        with self._service.slot():
+            body = await self._body(scope, receive)
+            kind = about.headers.get(b"content-type", b"")
+            asked, heard = await self._hearing.transcribe(body, kind, about.client, receive)
+        about.counts = f" sound={heard.seconds:.1f}s"
+        said, media = transcript_reply(heard, asked.form, asked.granularities)
+        await Reply(200, said, {}, media)(scope, receive, send)
 
     async def generate(self, scope: Any, receive: Receive, send: Send) -> None:
         await self._answer("generate", scope, receive, send)
@@ -118,13 +134,16 @@ class _Routes:
         await document({"status": status}, 200 if state == "ready" else 503)(scope, receive, send)
 
     async def metrics(self, scope: Any, receive: Receive, send: Send) -> None:
-        text = self._service.metrics.text(self._service.gauges())
+        sounds = {"queued_sounds": ("Sounds that wait to be heard.", float(self._hearing.waiting))}
+        text = self._service.metrics.text(self._service.gauges() | sounds)
         await Reply(200, text.encode(), {}, TYPE)(scope, receive, send)
 
     async def _answer(self, kind: Kind, scope: Any, receive: Receive, send: Send) -> None:
         about: About = scope[ABOUT]
         with self._service.slot():
             body = await self._body(scope, receive)
+            if kind == "chat":
+                body = await self._hearing.chat_body(body, about.client, receive)
             response, telling = await self._service.answer(kind, body, about.request_id, about.client)
             del body  # megabytes of picture, and the answer may take long
             try:

@@ -34,6 +34,9 @@ _COUNTERS = {
     "prefill_seconds_total": "Time spent on prompts.",
     "decode_seconds_total": "Time spent on answers, their first token not counted.",
     "image_seconds_total": "Time spent on pictures.",
+    "transcripts_total": "Sounds heard to their end.",
+    "sound_seconds_total": "Length of these sounds.",
+    "hearing_seconds_total": "Time spent on them.",
 }
 _HISTOGRAMS = {
     "ttft_seconds": ("From the beginning of the work to the first token.", _SECONDS),
@@ -105,6 +108,13 @@ class Metrics:
                     self._histograms["ttft_seconds"].add(timings.ttft_ms / 1e3)
                 if timings.decoded_tokens:
                     self._histograms["decode_tokens_per_second"].add(timings.decode_tokens_per_s)
+
+    def heard(self, sound_s: float, work_s: float) -> None:
+        """A sound was heard to its end."""
+        with self._lock:
+            self._counters["transcripts_total"] += 1
+            self._counters["sound_seconds_total"] += sound_s
+            self._counters["hearing_seconds_total"] += work_s
 
     def text(self, gauges: Mapping[str, tuple[str, float]]) -> str:
         """Everything, in Prometheus' format.

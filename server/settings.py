@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from autoglm_edge.errors import RequestError
+from autoglm_edge.speech.transcript import Listener
 
 from .asking.content import Fetch
 from .gate.access import LOCAL_NAMES, Keys
@@ -32,6 +33,7 @@ class Settings:
         hosts: names that a Host header may have; None for any.
         origins: web pages that may read answers; none if empty.
         fetch: gets pictures from URLs; None refuses them.
+        listener: hears sounds; None refuses them.
         ping_s: between two signs of life to a client that waits.
         patience_s: before the first of them, where an answer is not streamed.
         grace_s: in which the answer under way may end when the server stops.
@@ -43,6 +45,7 @@ class Settings:
     hosts: frozenset[str] | None = LOCAL_NAMES
     origins: tuple[str, ...] = ()
     fetch: Fetch | None = None
+    listener: Listener | None = None
     ping_s: float = PING_SECONDS
     patience_s: float = PATIENCE_SECONDS
     grace_s: float = 30.0

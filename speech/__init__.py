@@ -1,1 +1,1 @@
-"""Speech in, text out."""
+"""Speech in: sounds, and the texts that a Whisper model hears in them."""

@@ -35,7 +35,7 @@ NOT_PRODUCT = {"tests", "scripts", "benchmarks", "typings", "docs", "build", "di
 
 # Who may import what: third-party packages, and modules of this package outside the own folder.
 THIRD_PARTY = {
-    "runtime": {"numpy", "onnxruntime", "tokenizers", "jinja2", "PIL"},
+    "runtime": {"numpy", "onnxruntime", "tokenizers", "jinja2", "PIL", "llguidance"},
     "quantize": {"numpy"},
     "export": {
         "numpy",
@@ -53,7 +53,7 @@ THIRD_PARTY = {
     "android_sim": {"numpy", "onnxruntime", "PIL"},
     "server": {"numpy", "PIL", "fastapi", "starlette", "uvicorn"},
     "offline": {"numpy", "PIL"},
-    "cluster": {"ray"},
+    "cluster": {"ray", "numpy", "h11", "starlette"},
     "speech": {"numpy", "torch", "whisper"},
     "": {"click", "numpy", "PIL"},
 }
@@ -115,9 +115,10 @@ INTERNAL = {
     "speech": ("autoglm_edge.errors", "autoglm_edge.files"),
     "": ("autoglm_edge",),
 }
-RECORDER = "torch_model.py"  # of parity/: where the original model is asked
+# Where the original model is asked, and where whisper listens.
+TORCH_USERS = {("parity", "torch_model.py"), ("speech", "recogniser.py")}
 # Distribution that an import name comes from, where the two differ.
-DISTRIBUTIONS = {"PIL": "pillow", "onnx_ir": "onnx-ir"}
+DISTRIBUTIONS = {"PIL": "pillow", "onnx_ir": "onnx-ir", "whisper": "openai-whisper"}
 HEAVY = ("torch", "transformers", "accelerate", "bitsandbytes", "optimum")
 
 
@@ -303,26 +304,32 @@ def test_tests_scripts_and_benchmarks_import_the_folders_by_their_full_name() ->
 
 
 @pytest.mark.parametrize("folder", [*FOLDERS, ""])
-def test_no_product_code_but_the_recorder_imports_torch_or_transformers(folder: str) -> None:
+def test_no_product_code_but_recorder_and_listener_imports_torch_or_transformers(folder: str) -> None:
     heavy = [item for item in folder_imports(folder) if item.name.split(".")[0] in HEAVY]
 
-    assert [str(item) for item in heavy if (folder, item.path.name) != ("parity", RECORDER)] == []
+    assert [str(item) for item in heavy if (folder, item.path.name) not in TORCH_USERS] == []
 
 
 def test_third_party_imports_are_declared_dependencies() -> None:
     def names(requirements: list[str]) -> set[str]:
         return {re.split(r"[\[<>=!~; ]", item)[0].lower() for item in requirements}
 
+    extras = PROJECT["project"]["optional-dependencies"]
     plain = names(PROJECT["project"]["dependencies"])
-    export = plain | names(PROJECT["project"]["optional-dependencies"]["export"])
-    parity = export | names(PROJECT["project"]["optional-dependencies"]["parity"])
+    export = plain | names(extras["export"])
+    parity = export | names(extras["parity"])
+    server = plain | names(extras["server"])
 
     def declared(folder: str) -> set[str]:
         return {DISTRIBUTIONS.get(name, name).lower() for name in THIRD_PARTY[folder]}
 
-    server = plain | names(PROJECT["project"]["optional-dependencies"]["server"])
-    assert declared("runtime") | declared("measure") | declared("android_sim") | declared("") <= plain
-    assert declared("server") - {"starlette"} <= server  # fastapi stands on starlette and shows its types
+    # fastapi stands on starlette and shows its types, uvicorn on h11; grammars are an extra.
+    below = {"starlette", "h11"}
+    assert declared("runtime") - names(extras["grammar"]) <= plain
+    assert declared("measure") | declared("android_sim") | declared("offline") | declared("") <= plain
+    assert declared("server") - below <= server
+    assert declared("cluster") - below <= plain | names(extras["ray"])
+    assert declared("speech") - {"torch"} <= plain | names(extras["speech"])  # whisper stands on torch
     assert declared("export") | declared("quantize") | declared("autorecipe") <= export
     assert declared("parity") <= parity
 

@@ -46,6 +46,26 @@ GOOD: list[tuple[str, Any]] = [
     (
         CHAT,
         {
+            "messages": [{"role": "user", "content": "go on"}],
+            "max_tokens": 4,
+            "response_format": {
+                "type": "json_schema",
+                "json_schema": {
+                    "name": "point",
+                    "strict": True,
+                    "schema": {
+                        "type": "object",
+                        "properties": {"element": {"type": "array", "items": {"type": "integer"}}},
+                        "required": ["element"],
+                        "additionalProperties": False,
+                    },
+                },
+            },
+        },
+    ),
+    (
+        CHAT,
+        {
             "model": "autoglm-phone-9b",
             "messages": [
                 {"role": "system", "content": "operate"},

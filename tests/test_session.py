@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,8 +10,10 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 
+from autoglm_edge.embedded import pocket_path
 from autoglm_edge.errors import BundleError, DeviceError
 from autoglm_edge.runtime.bundle import Bundle
+from autoglm_edge.runtime.machine.limits import anonymous_bytes
 from autoglm_edge.runtime.machine.topology import usable_cores
 from autoglm_edge.runtime.model import Model
 from autoglm_edge.runtime.session import (
@@ -47,6 +50,25 @@ def test_two_caches_hold_two_sequences_without_touching_each_other(bundle: Bundl
 
     assert all((a == b).all() for a, b in zip(alone, mixed, strict=True))
     assert not (alone[0] == alone[1]).all()
+
+
+def test_runs_of_ever_new_shapes_leave_memory_as_it_was(bundle_of: Callable[..., Path]) -> None:
+    """At most 16 MB for 400 shapes: with plans kept for each of them it was 336."""
+    if anonymous_bytes() is None:
+        pytest.skip("this system does not tell anonymous memory")
+    model = Model(Bundle.open(bundle_of(pocket_path(), "int4")), SessionOptions(threads=1))
+    cache, lengths = model.new_cache(600), iter(np.random.default_rng(0).permutation(range(100, 600)))
+
+    def grown(count: int) -> int:
+        for length in itertools.islice(lengths, count):
+            cache.clear()
+            model.prefill(model.embed(np.full(length, 10)), np.zeros((3, length), np.int64), cache)
+        found = anonymous_bytes()
+        assert found is not None
+        return found
+
+    before = grown(100)
+    assert grown(400) - before < 16_000_000
 
 
 def test_keys_and_values_are_written_into_the_buffers_given(bundle: Bundle) -> None:

@@ -156,6 +156,13 @@ def _read_part(part: Any, where: str, limits: Limits, fetch: Fetch | None, count
     if kind == "image":
         _only_keys(part, where, "type", "image")
         return _image_part(part.get("image"), f"{where}.image", limits, fetch, count)
+    if kind == "input_audio":  # what can be heard has become a text before
+        raise refuse(
+            f"{where}.type is input_audio, which only /v1/chat/completions of a server with a speech model "
+            "hears (--speech-model)",
+            "messages",
+            code="unsupported_audio",
+        )
     if not isinstance(kind, str):
         raise refuse(f"{where}.type is {kind_of(kind)}, must be text or image_url", "messages")
     raise refuse(f"{where}.type is {shown(kind)}, must be text or image_url", "messages")

@@ -5,14 +5,16 @@ In: the fields of a request. Out: `Options`. Knows nothing of messages and promp
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from autoglm_edge.errors import RequestError
+from autoglm_edge.runtime.grammar import ANY_OBJECT, read_schema
 from autoglm_edge.runtime.sampling import SamplingParams
 from autoglm_edge.server.limits import Limits
-from autoglm_edge.server.problem import ApiError, problem_of, refuse
+from autoglm_edge.server.problem import problem_of, refuse
 
 from .fields import Fields, kind_of, shown, wrong_type
 
@@ -26,6 +28,8 @@ NUMBERS = (
 )
 MOST_TOKENS = 10_000_000
 _SEEDS = 2**64
+_FORMATS = ("text", "json_object", "json_schema")
+_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 _NOT_TOKENS = "the engine hands out no probabilities"
 _NOT_TOOLS = "this model writes its actions as text, see the system prompt of the phone agent"
@@ -87,6 +91,7 @@ class Options:
         include_usage: whether a stream ends with the counts.
         user: whom the client asks for; tells apart who takes turns.
         model: as named by the client; None if it named none.
+        schema: JSON Schema that the answer is held to; None leaves it free.
     """
 
     sampling: tuple[SamplingParams, ...]
@@ -96,6 +101,7 @@ class Options:
     include_usage: bool
     user: str
     model: str | None
+    schema: Mapping[str, Any] | bool | None = None
 
 
 def read_options(fields: Fields, limits: Limits) -> Options:
@@ -112,14 +118,14 @@ def read_options(fields: Fields, limits: Limits) -> Options:
     stops = _read_stops(fields.take("stop"), limits)
     max_tokens = _read_max_tokens(fields)
     user = fields.text("user", longest=512) or ""
-    _read_response_format(fields.take("response_format"))
+    schema = _read_response_format(fields.take("response_format"))
     for name, (harmless, why) in UNSUPPORTED.items():
         fields.only(name, *harmless, why=why)
     for name, wanted in NOTED.items():
         value = fields.take(name)
         if value is not None and not isinstance(value, wanted):
             raise wrong_type(name, value, {dict: "an object", str: "a string", bool: "true or false"}[wanted])
-    return Options(sampling, stops, max_tokens, stream, include_usage, user, model)
+    return Options(sampling, stops, max_tokens, stream, include_usage, user, model, schema)
 
 
 def _read_sampling(fields: Fields, count: int) -> tuple[SamplingParams, ...]:
@@ -179,17 +185,58 @@ def _read_stream_options(value: object, *, stream: bool) -> bool:
     return usage
 
 
-def _read_response_format(value: object) -> None:
+def _read_response_format(value: object) -> Mapping[str, Any] | bool | None:
+    """The schema that is asked for; None for text. How large it may be is checked here, not what it means."""
     if value is None:
-        return
+        return None
     fields = Fields(value, "response_format")
     kind = fields.take("type")
-    if kind != "text":
-        raise ApiError(
-            400,
-            f"response_format.type is {shown(kind)}: answers are not held to a grammar here, only text is "
-            "supported; say in the prompt which form you want",
-            param="response_format",
-            code="unsupported_parameter",
-        )
+    described = fields.take("json_schema")
     fields.done()
+    if kind not in _FORMATS:
+        raise refuse(
+            f"response_format.type is {shown(kind)}, must be one of {', '.join(_FORMATS)}", "response_format"
+        )
+    if kind != "json_schema":
+        if described is not None:
+            raise refuse(
+                f"response_format.json_schema cannot go with the type {kind!r}; make it 'json_schema', or "
+                "leave the schema out",
+                "response_format",
+            )
+        return ANY_OBJECT if kind == "json_object" else None
+    if described is None:
+        raise refuse("response_format.json_schema is missing", "response_format", code="missing_field")
+    return _read_schema(described)
+
+
+def _read_schema(value: object) -> Mapping[str, Any] | bool:
+    """`strict` changes nothing: an answer is held to its schema in any case."""
+    inner = Fields(value, "response_format.json_schema")
+    name = inner.text("name")
+    inner.text("description")
+    inner.flag("strict")
+    schema = inner.take("schema")
+    inner.done()
+    if name is not None and not _NAME.fullmatch(name):
+        raise refuse(
+            f"response_format.json_schema.name is {shown(name)}, must be 1 to 64 letters, digits, _ and -",
+            "response_format",
+        )
+    if schema is None:
+        raise refuse(
+            "response_format.json_schema.schema is missing; give a JSON Schema",
+            "response_format",
+            code="missing_field",
+        )
+    if not isinstance(schema, (dict, bool)):
+        raise refuse(
+            f"response_format.json_schema.schema is {kind_of(schema)}, must be an object",
+            "response_format",
+            code="invalid_type",
+        )
+    try:
+        read_schema(schema)
+    except RequestError as error:
+        raise refuse(f"response_format is refused: {error}", "response_format") from error
+    return schema

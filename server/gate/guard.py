@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +24,8 @@ App = Callable[[Any, Receive, Send], Awaitable[None]]
 
 OPEN_ROUTES = frozenset({"/health"})
 """Answered without a key: whoever watches the server should not need one."""
+FORM_ROUTES = frozenset({"/v1/audio/transcriptions"})
+"""Take a form with a file in place of JSON."""
 _ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 HUNG_UP = 499
 """Status in the log of a request whose client went away before it got one."""
@@ -137,8 +139,10 @@ class Guard:
             about.client = f"{address}#{key}"
         if scope["method"] == "POST" and scope["path"] in self._routes:
             kind = about.headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
+            if scope["path"] in FORM_ROUTES:
+                _admit_form(kind, about.headers, settings.origins)
             # What a web page may send to any address without asking first is never this type.
-            if kind != b"application/json":
+            elif kind != b"application/json":
                 raise ApiError(
                     415,
                     "the body must be JSON, with the header Content-Type: application/json",
@@ -149,6 +153,27 @@ class Guard:
         if path in self._routes:
             return path
         return "/v1/models/" if path.startswith("/v1/models/") else "other"
+
+
+def _admit_form(kind: bytes, headers: Mapping[bytes, bytes], origins: Collection[str]) -> None:
+    """A form, which web pages may send without asking: they say where they are from, and must be allowed.
+
+    Raises:
+        ApiError: no form, or of a page that may not ask.
+    """
+    if kind != b"multipart/form-data":
+        raise ApiError(
+            415,
+            "the body must be a form with a file, with the header Content-Type: multipart/form-data",
+            code="wrong_content_type",
+        )
+    origin = headers.get(b"origin")
+    if origin is not None and "*" not in origins and origin.decode("latin-1") not in origins:
+        raise ApiError(
+            403,
+            "web pages of this origin may not ask; start the server with --allow-origin and its address",
+            code="wrong_origin",
+        )
 
 
 def shielded(app: App) -> App:
