@@ -59,6 +59,12 @@ def _sizes(ctx: click.Context, param: click.Parameter, value: str | None) -> tup
 @click.option(
     "--images", metavar="N,N", callback=_sizes, help="Most tokens of the screenshot. [default: 256,592,1196]"
 )
+@click.option(
+    "--together",
+    metavar="N,N",
+    callback=_sizes,
+    help="Answers that are decoded in one run. [default: 2,4,8]",
+)
 @click.option("--steps", type=click.IntRange(min=1), metavar="N", help="Steps of a decode. [default: 16]")
 @click.option(
     "--repeat", type=click.IntRange(min=1), metavar="N", help="Repetitions of everything. [default: 3]"
@@ -74,6 +80,7 @@ def bench(
     prefill: tuple[int, ...] | None,
     decode_at: tuple[int, ...] | None,
     images: tuple[int, ...] | None,
+    together: tuple[int, ...] | None,
     steps: int | None,
     repeat: int | None,
     quick: bool,
@@ -85,9 +92,9 @@ def bench(
 ) -> None:
     """Measure what the bundle in the folder OUT costs on this machine.
 
-    Loading, prompts of several lengths, steps at several contexts, a screenshot at several sizes, and the
-    memory of each phase, beside the machine's own limits, which are measured in the same run. Token ids are
-    random and the graphs are called directly: a conversation adds template, sampling and, where it can,
+    Loading, prompts of several lengths, steps at several contexts and of several answers at once, a
+    screenshot at several sizes, and the memory of each phase, beside the machine's own limits, which are
+    measured in the same run. Token ids are random and the graphs are called directly: a conversation adds template, sampling and, where it can,
     reuse. Default sizes that the bundle does not allow are left out or made smaller, and said so; an empty
     list leaves a kind out. `autoglm info` shows what pictures cost afterwards.
     """
@@ -99,7 +106,7 @@ def bench(
 
     check_is_bundle(bundle)
     opened = Bundle.open(bundle)
-    sizes = {"prefill": prefill, "decode_at": decode_at, "images": images}
+    sizes = {"prefill": prefill, "decode_at": decode_at, "images": images, "together": together}
     given: dict[str, Any] = {name: value for name, value in sizes.items() if value is not None}
     given |= {name: value for name, value in (("steps", steps), ("repeat", repeat)) if value is not None}
     try:

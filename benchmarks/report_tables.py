@@ -251,11 +251,12 @@ def benches(results: Results) -> str:
     for key, name, unit in (
         ("prefill", "tokens", "prefill of {:,} tokens"),
         ("decode", "context", "decode at {:,}"),
+        ("together", "answers", "decode at 1,024, {} answers at once"),
     ):
-        for size in sorted({row[name] for item in documents for row in item[key]}):
+        for size in sorted({row[name] for item in documents for row in item.get(key, ())}):
             cells = []
             for item in documents:
-                row = next((row for row in item[key] if row[name] == size), None)
+                row = next((row for row in item.get(key, ()) if row[name] == size), None)
                 cells.append("" if row is None else f"{row['tokens_per_s']:.2f} tokens/s{_share(row)}")
             add(unit.format(size), cells)
     for tokens in sorted({row["tokens"] for item in documents for row in item["images"]}):

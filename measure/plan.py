@@ -9,9 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from autoglm_edge.errors import RequestError
+from autoglm_edge.runtime.checks import MOST_ANSWERS
 from autoglm_edge.runtime.manifest import Manifest
 
 MOST_TOKENS = 1 << 20
+TOGETHER_AT = 1024
+"""Tokens that each of several answers has behind it."""
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,7 @@ class BenchPlan:
         prefill: lengths of prompts in tokens.
         decode_at: tokens in the cache before the first step.
         images: most tokens of a picture, as `max_image_tokens`.
+        together: answers that are decoded in one run, each after TOGETHER_AT tokens.
         steps: tokens that a repetition of decode takes.
         repeat: repetitions of everything.
     """
@@ -29,11 +33,12 @@ class BenchPlan:
     prefill: tuple[int, ...] = (128, 512, 1500)
     decode_at: tuple[int, ...] = (0, 1024, 4096)
     images: tuple[int, ...] = (256, 592, 1196)
+    together: tuple[int, ...] = (2, 4, 8)
     steps: int = 16
     repeat: int = 3
 
     def __post_init__(self) -> None:
-        for name, least in (("prefill", 1), ("decode_at", 0), ("images", 1)):
+        for name, least in (("prefill", 1), ("decode_at", 0), ("images", 1), ("together", 2)):
             values = getattr(self, name)
             if not isinstance(values, tuple) or not all(_whole(value, least) for value in values):
                 raise RequestError(f"{name} is {values!r}, must be integers from {least} to {MOST_TOKENS}")
@@ -42,13 +47,17 @@ class BenchPlan:
         for name in ("steps", "repeat"):
             if not _whole(getattr(self, name), 1):
                 raise RequestError(f"{name} is {getattr(self, name)!r}, must be an integer from 1")
-        if not self.prefill and not self.decode_at and not self.images:
+        if max(self.together, default=0) > MOST_ANSWERS:
+            raise RequestError(
+                f"together is {self.together!r}, at most {MOST_ANSWERS} answers are decoded so"
+            )
+        if not (self.prefill or self.decode_at or self.images or self.together):
             raise RequestError("there is nothing to measure; name a length, a context or a picture size")
 
     @classmethod
     def quick(cls) -> BenchPlan:
         """The smallest of everything, once."""
-        return cls(prefill=(128,), decode_at=(0,), images=(256,), steps=8, repeat=1)
+        return cls(prefill=(128,), decode_at=(0,), images=(256,), together=(2,), steps=8, repeat=1)
 
     @property
     def longest(self) -> int:
@@ -68,6 +77,11 @@ class BenchPlan:
             for size in self.decode_at
             if size + self.steps > context
         ]
+        if self.together and TOGETHER_AT + self.steps > context:
+            found.append(
+                f"answers together at {TOGETHER_AT} tokens and {self.steps} more: "
+                f"the model has positions for {context}"
+            )
         found += [
             f"pictures of {size} tokens: the bundle allows {most}" for size in self.images if size > most
         ]
@@ -87,6 +101,7 @@ class BenchPlan:
             prefill=_up_to(self.prefill, context),
             decode_at=_up_to(self.decode_at, context - self.steps),
             images=_up_to(self.images, most),
+            together=self.together if TOGETHER_AT + self.steps <= context else (),
         )
 
 

@@ -80,6 +80,35 @@ class Decode:
 
 
 @dataclass(frozen=True)
+class Together:
+    """A step of several answers by one run of the decoder.
+
+    Attributes:
+        answers: rows of the run.
+        context: tokens that each has behind it, at first.
+        times: of all steps of all repetitions.
+    """
+
+    answers: int
+    context: int
+    times: Times
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Of all answers, by the median."""
+        return self.answers / self.times.median_s
+
+    def to_json(self) -> dict[str, Any]:
+        """Figures by name."""
+        return {
+            "answers": self.answers,
+            "context": self.context,
+            "tokens_per_s": self.tokens_per_s,
+            **self.times.to_json(),
+        }
+
+
+@dataclass(frozen=True)
 class Encode:
     """One screenshot through the vision tower.
 
@@ -129,6 +158,7 @@ class BenchReport:
         load_vision: the vision tower, when the first picture comes; None without pictures.
         prefill: by length.
         decode: by context.
+        together: by the number of answers.
         images: by budget.
         memory: peaks by phase; "steady" is what is held after all of it.
         left_out: what was asked for by default and cannot be done by this bundle.
@@ -148,6 +178,7 @@ class BenchReport:
     load_vision: Times | None
     prefill: tuple[Prefill, ...]
     decode: tuple[Decode, ...]
+    together: tuple[Together, ...]
     images: tuple[Encode, ...]
     memory: Mapping[str, Memory]
     left_out: tuple[str, ...] = ()
@@ -169,6 +200,7 @@ class BenchReport:
             "load_vision": None if self.load_vision is None else self.load_vision.to_json(),
             "prefill": [row.to_json() for row in self.prefill],
             "decode": [row.to_json() for row in self.decode],
+            "together": [row.to_json() for row in self.together],
             "images": [row.to_json() for row in self.images],
             "memory": {name: value.to_json() for name, value in self.memory.items()},
             "left_out": list(self.left_out),
@@ -200,6 +232,9 @@ class BenchReport:
             rows.append(
                 (f"decode at {step.context}", *_times(step.times), f"{step.tokens_per_s:.2f} tokens", share)
             )
+        for several in self.together:
+            name = f"{several.answers} answers at {several.context}"
+            rows.append((name, *_times(several.times), f"{several.tokens_per_s:.2f} tokens", ""))
         for image in self.images:
             rate = f"{image.tokens / image.times.median_s:.1f} tokens"
             rows.append((f"image of {image.tokens}", *_times(image.times), rate, ""))

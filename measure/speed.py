@@ -30,11 +30,11 @@ from autoglm_edge.runtime.session import SessionOptions
 
 from .bandwidth import Limits, measure_limits
 from .figures import Times, repeat
-from .graphs import GraphSequence
+from .graphs import GraphSequence, GraphSequences
 from .machine import this_machine
 from .memory import BETWEEN, Memory, MemorySampler, release_unused
-from .plan import BenchPlan
-from .report import BenchReport, Decode, Encode, Prefill
+from .plan import TOGETHER_AT, BenchPlan
+from .report import BenchReport, Decode, Encode, Prefill, Together
 
 SCREEN = (1080, 2400)
 """Width and height of the screenshot that is encoded."""
@@ -90,6 +90,7 @@ def bench(
         run = _Run(model, plan, limits, memory)
         prefill = tuple(run.prefill(length, tell) for length in plan.prefill)
         decode = tuple(run.decode(context, tell) for context in plan.decode_at)
+        together = run.together(tell)
         load_vision, images = run.images(tell)
         with memory.phase("steady"):
             choices = dataclasses.asdict(model.plan)
@@ -115,6 +116,7 @@ def bench(
         load_vision=load_vision,
         prefill=prefill,
         decode=decode,
+        together=together,
         images=images,
         memory=_phases(memory.peaks),
         left_out=left_out,
@@ -163,6 +165,24 @@ class _Run:
             read = self._manifest.parts["decoder"].weight_bytes / times.median_s
             share = read / self._limits.read_bytes_per_s
         return Decode(context, self._plan.steps, times, share)
+
+    def together(self, tell: Say) -> tuple[Together, ...]:
+        """Steps of several answers."""
+        if not self._plan.together:
+            return ()
+        most, steps = max(self._plan.together), self._plan.steps
+        sequences = GraphSequences(self._model, TOGETHER_AT + steps, most)
+        sequences.fill(TOGETHER_AT, self._random)
+        rows = []
+        for count in self._plan.together:
+            tell(f"{count} answers together")
+            seconds: list[float] = []
+            with self._memory.phase(f"{count} answers"):
+                for _ in range(self._plan.repeat):
+                    sequences.truncate(TOGETHER_AT)
+                    seconds += repeat(partial(sequences.feed, self._ids(count)), steps).seconds
+            rows.append(Together(count, TOGETHER_AT, Times(tuple(seconds))))
+        return tuple(rows)
 
     def images(self, tell: Say) -> tuple[Times | None, tuple[Encode, ...]]:
         """A screenshot at each budget; before it, what loading the tower takes."""

@@ -72,7 +72,8 @@ def test_a_size_that_was_asked_for_and_is_too_large_is_an_error(folder: Path) ->
         ("--images", "1.5"),
         ("--repeat", "0"),
         ("--threads", "0"),
-        ("--prefill", "", "--decode-at", "", "--images", ""),
+        ("--prefill", "", "--decode-at", "", "--images", "", "--together", ""),
+        ("--together", "1"),
     ],
 )
 def test_wrong_usage_ends_with_2_before_anything_is_measured(

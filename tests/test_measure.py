@@ -138,7 +138,7 @@ def test_a_first_load_that_prepares_weights_is_told_apart_from_loading(
     monkeypatch.setattr(
         speed_module, "plan_model", lambda *given: dataclasses.replace(plan(*given), prepare=True)
     )
-    small = BenchPlan(prefill=(4,), decode_at=(), images=(), repeat=1)
+    small = BenchPlan(prefill=(4,), decode_at=(), images=(), together=(), repeat=1)
 
     document = json.loads(bench(tiny, small, options=SessionOptions("cpu", 1), limits=LIMITS).to_json())
 
@@ -284,7 +284,9 @@ def test_the_machine_names_no_host_and_no_path() -> None:
         {"steps": 0},
         {"repeat": 0},
         {"repeat": 1.5},
-        {"prefill": (), "decode_at": (), "images": ()},
+        {"together": (1,)},
+        {"together": (100,)},
+        {"prefill": (), "decode_at": (), "images": (), "together": ()},
     ],
 )
 def test_a_plan_that_makes_no_sense_is_refused(wrong: dict[str, object]) -> None:
@@ -316,7 +318,9 @@ def test_the_part_of_a_plan_that_a_bundle_can_do(tiny: Bundle) -> None:
 
 
 def test_a_bench_reports_every_size_and_phase(tiny: Bundle) -> None:
-    plan = BenchPlan(prefill=(5, 600), decode_at=(0, 700), images=(16, 64), steps=3, repeat=2)
+    plan = BenchPlan(
+        prefill=(5, 600), decode_at=(0, 700), images=(16, 64), together=(2, 3), steps=3, repeat=2
+    )
     said: list[str] = []
 
     report = bench(tiny, plan, options=SessionOptions("cpu", 1), limits=LIMITS, say=said.append)
@@ -328,6 +332,11 @@ def test_a_bench_reports_every_size_and_phase(tiny: Bundle) -> None:
     assert [row["tokens"] for row in document["prefill"]] == [5, 600]
     assert [row["context"] for row in document["decode"]] == [0, 700]
     assert all(len(row["seconds"]) == 6 for row in document["decode"])
+    assert [row["answers"] for row in document["together"]] == [2, 3]
+    assert all(len(row["seconds"]) == 6 for row in document["together"])
+    assert document["together"][1]["tokens_per_s"] == pytest.approx(
+        3 / document["together"][1]["median_s"], 1e-4
+    )
     assert [row["budget"] for row in document["images"]] == [16, 64]
     assert all(
         row["tokens"] <= row["budget"] and row["patches"] == 4 * row["tokens"] for row in document["images"]
@@ -346,12 +355,13 @@ def test_a_bench_reports_every_size_and_phase(tiny: Bundle) -> None:
             "prefill 600",
             "decode at 0",
             "decode at 700",
+            "3 answers",
             "load vision",
             "steady",
         }
         assert wanted < set(document["memory"])
     assert any("600" in text for text in said)
-    for word in ("prefill 600", "decode at 700", "of bandwidth", "anonymous"):
+    for word in ("prefill 600", "decode at 700", "3 answers at 1024", "of bandwidth", "anonymous"):
         assert word in report.to_table()
 
 
@@ -363,12 +373,12 @@ def test_a_plan_that_does_not_fit_the_bundle_is_refused_before_anything_is_loade
 
 
 def test_a_bench_may_leave_kinds_out(tiny: Bundle) -> None:
-    plan = BenchPlan(prefill=(), decode_at=(4,), images=(), steps=2, repeat=1)
+    plan = BenchPlan(prefill=(), decode_at=(4,), images=(), together=(), steps=2, repeat=1)
 
     report = bench(tiny, plan, options=SessionOptions("cpu", 1), limits=LIMITS)
 
     assert report.load_vision is None
-    assert (report.prefill, report.images) == ((), ())
+    assert (report.prefill, report.images, report.together) == ((), (), ())
     assert json.loads(report.to_json())["load_vision"] is None
 
 
