@@ -20,9 +20,9 @@ from autoglm_edge.errors import RequestError
 
 if TYPE_CHECKING:
     from autoglm_edge.offline.batch import Work
-    from autoglm_edge.offline.opening import Opening
     from autoglm_edge.offline.record import Answered
     from autoglm_edge.offline.source import Source
+    from autoglm_edge.runtime.opening import Opening
 
 LOCAL_RAY = "local"
 """Of --ray without an address: a cluster of this machine alone, for as long as the run takes."""
@@ -191,9 +191,10 @@ def run_batch(options: BatchOptions, opening: Opening, *, as_json: bool) -> None
 
         def work(source: Source, missing: Sequence[int]) -> Generator[Answered, None, None]:
             from autoglm_edge.offline.answers import answer_lines
+            from autoglm_edge.server.work.answering import ServedEngine
 
             line = ProgressLine()
-            engine = opening.open(line)
+            engine = opening.open(ServedEngine, line)
             with engine:
                 line.close()
                 progress.start()

@@ -94,9 +94,10 @@ def bench(
 
     Loading, prompts of several lengths, steps at several contexts and of several answers at once, a
     screenshot at several sizes, and the memory of each phase, beside the machine's own limits, which are
-    measured in the same run. Token ids are random and the graphs are called directly: a conversation adds template, sampling and, where it can,
-    reuse. Default sizes that the bundle does not allow are left out or made smaller, and said so; an empty
-    list leaves a kind out. `autoglm info` shows what pictures cost afterwards.
+    measured in the same run. Token ids are random and the graphs are called directly: a conversation adds
+    template, sampling and, where it can, reuse. Default sizes that the bundle does not allow are left out
+    or made smaller, and said so; an empty list leaves a kind out. `autoglm info` shows what pictures cost
+    afterwards.
     """
     from autoglm_edge.measure.costs import keep_costs
     from autoglm_edge.measure.plan import BenchPlan

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -30,21 +29,16 @@ from autoglm_edge.cli_common import (
     ProgressLine,
     as_unicode,
     check_is_bundle,
-    device_option,
     examples,
-    image_layout_option,
     print_json,
-    prompts_option,
     read_stdin,
-    weights_option,
 )
+from autoglm_edge.cli_engine import EngineChoice, engine_options, read_reuse
 from autoglm_edge.cli_speech import DEFAULT_MODEL, audio_options, check_audio, hear_file, open_recogniser
 from autoglm_edge.errors import EdgeError, RequestError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-    from autoglm_edge.runtime.reuse.options import ReuseOptions
 
 
 def _sampling_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -102,21 +96,7 @@ def _sampling_options(command: Callable[..., None]) -> Callable[..., None]:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document as the last line.")
 @_sampling_options
 @batch_options
-@click.option(
-    "--context",
-    type=click.IntRange(min=1),
-    metavar="N",
-    help="Tokens that prompt and answer may have together.",
-)
-@click.option("--threads", type=click.IntRange(min=1), metavar="N", help="Threads. [default: one per core]")
-@device_option
-@weights_option
-@prompts_option
-@click.option("--no-prepare", is_flag=True, help="Do not prepare the weights of a large bundle.")
-@image_layout_option
-@click.option(
-    "--max-image-tokens", type=click.IntRange(min=1), metavar="N", help="Shrink larger pictures to N tokens."
-)
+@engine_options
 @click.option(
     "--prefix-cache",
     type=click.Path(path_type=Path, file_okay=False),
@@ -156,14 +136,7 @@ def run(
     max_concurrency: int | None,
     ray: str | None,
     workers: int | None,
-    context: int | None,
-    threads: int | None,
-    device: Literal["cpu", "cuda"],
-    weights: Literal["auto", "packed", "prepared", "mapped"],
-    prompts: Literal["auto", "integer", "layers", "decoder"],
-    no_prepare: bool,
-    image_layout: Literal["plain", "newline"],
-    max_image_tokens: int | None,
+    engine: EngineChoice,
     prefix_cache: Path | None,
     no_lookup: bool,
     no_reuse: bool,
@@ -207,20 +180,10 @@ def run(
         workers=workers,
         others=singles,
     )
+    reuse = read_reuse(prefix_cache, {}, lookup=not no_lookup, reuse=not no_reuse, flag="--prefix-cache")
     if many is not None:
-        from autoglm_edge.offline.opening import Opening
-        from autoglm_edge.runtime.session import SessionOptions
-
         check_is_bundle(bundle)
-        opening = Opening(
-            bundle,
-            SessionOptions(device, threads or 0, weights, prompts, not no_prepare),
-            context=context,
-            image_layout=image_layout,
-            max_image_tokens=max_image_tokens,
-            reuse=_reuse_options(prefix_cache, lookup=not no_lookup, reuse=not no_reuse),
-            concurrency=max_concurrency or DEFAULT_CONCURRENCY,
-        )
+        opening = engine.opening(bundle, reuse, max_concurrency or DEFAULT_CONCURRENCY)
         run_batch(many, opening, as_json=as_json)
         return
     check_audio(audio, speech_model, chat=chat)
@@ -240,7 +203,6 @@ def run(
     given = {name: value for name, value in sampling.items() if value is not None}
     _check_sampling(given, stop)
     held = _read_schema(json_schema, json_object)
-    reuse = _reuse_options(prefix_cache, lookup=not no_lookup, reuse=not no_reuse)
     options: dict[str, Any] = {**given, "stop": stop}
     if max_tokens is not None:
         options["max_tokens"] = max_tokens
@@ -253,33 +215,23 @@ def run(
     screen = conversation.images[-1] if conversation.images else None
     heard: str | None = None
     if audio is not None:  # before the bundle is opened: the two need not be in memory together
-        heard = hear_file(audio, open_recogniser(speech_model or DEFAULT_MODEL, speech_device, threads or 0))
+        heard = hear_file(
+            audio, open_recogniser(speech_model or DEFAULT_MODEL, speech_device, engine.threads or 0)
+        )
         text = f"{text}\n{heard}" if text and text.strip() else heard
 
     from autoglm_edge.runtime.engine import Engine
 
     progress = ProgressLine()
-    with Engine.load(
-        bundle,
-        device=device,
-        threads=threads or 0,
-        context=context,
-        image_layout=image_layout,
-        max_image_tokens=max_image_tokens,
-        weights=weights,
-        prefill=prompts,
-        prepare=not no_prepare,
-        reuse=reuse,
-        tell=progress,
-    ) as engine:
+    with engine.opening(bundle, reuse).open(Engine, progress) as opened:
         progress.close()
         if held is not None:
-            options["grammar"] = engine.grammar(held)
+            options["grammar"] = opened.grammar(held)
         if chat:
-            hold_chat(engine, conversation, text, options)
+            hold_chat(opened, conversation, text, options)
             return
         conversation.ask(text or "")
-        answer = give_answer(engine, conversation.messages, options, cancel=None)
+        answer = give_answer(opened, conversation.messages, options, cancel=None)
     _report(answer, screen, bundle, draw, as_json, heard)
 
 
@@ -330,22 +282,6 @@ def _check_sampling(values: dict[str, Any], stop: Sequence[str]) -> None:
         StopText(stop)
     except RequestError as error:
         raise click.UsageError(str(error)) from error
-
-
-def _reuse_options(prefix_cache: Path | None, *, lookup: bool, reuse: bool) -> ReuseOptions:
-    """What the engine may keep.
-
-    Raises:
-        click.UsageError: a folder to keep it in, and nothing to be kept.
-    """
-    from autoglm_edge.runtime.reuse.options import ReuseOptions
-
-    drafts: Literal["auto", False] = "auto" if lookup else False
-    if not reuse:
-        if prefix_cache is not None:
-            raise click.UsageError("--prefix-cache keeps what --no-reuse does not use; leave one of them out")
-        return replace(ReuseOptions.off(), lookup=drafts)
-    return ReuseOptions(prefix_cache_dir=prefix_cache, lookup=drafts)
 
 
 def _read_schema(file: Path | None, json_object: bool) -> dict[str, Any] | bool | None:

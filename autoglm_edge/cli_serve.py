@@ -22,19 +22,15 @@ from autoglm_edge.cli_common import (
     EdgeCommand,
     ProgressLine,
     check_is_bundle,
-    device_option,
     examples,
     harmless,
-    image_layout_option,
     needs_extra,
-    prompts_option,
-    weights_option,
 )
+from autoglm_edge.cli_engine import EngineChoice, engine_options, read_reuse
 from autoglm_edge.cli_speech import open_recogniser, speech_device_option, speech_model_option
 from autoglm_edge.errors import RequestError
 
 if TYPE_CHECKING:
-    from autoglm_edge.runtime.reuse.options import ReuseOptions
     from autoglm_edge.server.settings import Settings
     from autoglm_edge.server.work.answering import Answering
 
@@ -160,31 +156,9 @@ def _limit_options(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
-def _engine_options(command: Callable[..., None]) -> Callable[..., None]:
-    """How the bundle is opened, and what is kept between answers."""
+def _cache_options(command: Callable[..., None]) -> Callable[..., None]:
+    """What is kept between answers."""
     options = (
-        click.option(
-            "--context",
-            "--max-model-len",
-            "context",
-            type=click.IntRange(min=1),
-            metavar="N",
-            help="Tokens that prompt and answer may have together. [default: 25480, or the model's own]",
-        ),
-        click.option(
-            "--threads", type=click.IntRange(min=1), metavar="N", help="Threads. [default: one per core]"
-        ),
-        device_option,
-        weights_option,
-        prompts_option,
-        click.option("--no-prepare", is_flag=True, help="Do not prepare the weights of a large bundle."),
-        image_layout_option,
-        click.option(
-            "--max-image-tokens",
-            type=click.IntRange(min=1),
-            metavar="N",
-            help="Shrink larger pictures to N tokens.",
-        ),
         click.option(
             "--cache-dir",
             type=click.Path(path_type=Path, file_okay=False),
@@ -222,7 +196,8 @@ def _engine_options(command: Callable[..., None]) -> Callable[..., None]:
 @click.argument("bundle", metavar="OUT", type=click.Path(path_type=Path))
 @_network_options
 @_limit_options
-@_engine_options
+@engine_options
+@_cache_options
 @speech_model_option("none, and sounds are refused")
 @speech_device_option
 @click.option(
@@ -252,14 +227,7 @@ def serve(
     max_image_pixels: int | None,
     max_audio_seconds: float | None,
     grace: float | None,
-    context: int | None,
-    threads: int | None,
-    device: Literal["cpu", "cuda"],
-    weights: Literal["auto", "packed", "prepared", "mapped"],
-    prompts: Literal["auto", "integer", "layers", "decoder"],
-    no_prepare: bool,
-    image_layout: Literal["plain", "newline"],
-    max_image_tokens: int | None,
+    engine: EngineChoice,
     cache_dir: Path | None,
     cache_bytes: int | None,
     cache_dir_bytes: int | None,
@@ -309,44 +277,35 @@ def serve(
         grace=grace,
     )
     if speech_model is not None:
-        recogniser = open_recogniser(speech_model, speech_device, threads or 0)
+        recogniser = open_recogniser(speech_model, speech_device, engine.threads or 0)
         settings = replace(settings, listener=recogniser)
     sizes = {
         "prefix_cache_bytes": cache_bytes,
         "prefix_disk_bytes": cache_dir_bytes,
         "image_cache_bytes": image_cache_bytes,
     }
-    reuse = _reuse(
+    reuse = read_reuse(
         cache_dir,
         {name: value for name, value in sizes.items() if value is not None},
         lookup=not no_lookup,
         reuse=not no_reuse,
+        flag="--cache-dir",
     )
-    opened = Bundle.open(bundle)
+    Bundle.open(bundle)  # what is wrong with the folder is said before an address is taken
     _set_up_log(quiet=no_access_log)
 
     def load() -> Answering:
-        from autoglm_edge.runtime.session import SessionOptions
         from autoglm_edge.server.work.answering import ServedEngine
 
         progress = ProgressLine()
-        engine = ServedEngine(
-            opened,
-            options=SessionOptions(device, threads or 0, weights, prompts, not no_prepare),
-            context=context,
-            image_layout=image_layout,
-            max_image_tokens=max_image_tokens,
-            reuse=reuse,
-            concurrency=max_concurrency,
-            tell=progress,
-        )
+        opened = engine.opening(bundle, reuse, max_concurrency).open(ServedEngine, progress)
         progress.close()
         click.echo(
-            f"Ready: up to {engine.context} tokens of prompt and answer, {max_concurrency} at a time, "
-            f"which take up to {engine.cache_bytes / 1e9:.1f} GB",
+            f"Ready: up to {opened.context} tokens of prompt and answer, {max_concurrency} at a time, "
+            f"which take up to {opened.cache_bytes / 1e9:.1f} GB",
             err=True,
         )
-        return engine
+        return opened
 
     if replica_socket is not None:
         from autoglm_edge.cluster.replica import serve_replica
@@ -357,7 +316,7 @@ def serve(
         from autoglm_edge.cluster.serve import places_of, serve_replicas
 
         try:
-            places = places_of(replicas, cuda=device == "cuda")
+            places = places_of(replicas, cuda=engine.device == "cuda")
         except RequestError as error:
             raise click.UsageError(str(error)) from error
         command = _replica_command(click.get_current_context(), bundle)
@@ -441,27 +400,6 @@ def _settings(
             fetch=ImageFetcher(image_hosts, checked.image_bytes) if image_hosts else None,
             **given,
         )
-    except RequestError as error:
-        raise click.UsageError(str(error)) from error
-
-
-def _reuse(cache_dir: Path | None, sizes: Mapping[str, Any], *, lookup: bool, reuse: bool) -> ReuseOptions:
-    """What the engine may keep.
-
-    Raises:
-        click.UsageError: options contradict each other.
-    """
-    from autoglm_edge.runtime.reuse.options import ReuseOptions
-
-    drafts: Literal["auto", False] = "auto" if lookup else False
-    if not reuse and (cache_dir is not None or sizes):
-        raise click.UsageError("--no-reuse keeps nothing; leave it out, or the options of the caches")
-    if cache_dir is None and "prefix_disk_bytes" in sizes:
-        raise click.UsageError("--cache-dir-bytes is for a folder; name one with --cache-dir")
-    try:
-        if not reuse:
-            return replace(ReuseOptions.off(), lookup=drafts)
-        return ReuseOptions(prefix_cache_dir=cache_dir, lookup=drafts, **sizes)
     except RequestError as error:
         raise click.UsageError(str(error)) from error
 

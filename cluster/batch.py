@@ -32,9 +32,9 @@ from numpy.typing import NDArray
 from autoglm_edge.errors import DependencyError, DeviceError, EdgeError
 from autoglm_edge.offline.answers import answer_lines
 from autoglm_edge.offline.job import Rules
-from autoglm_edge.offline.opening import Opening
 from autoglm_edge.offline.record import Answered
 from autoglm_edge.offline.source import Line, Source, read_line
+from autoglm_edge.runtime.opening import Opening
 from autoglm_edge.server.work.answering import ServedEngine
 
 PIECE_LINES = 64
@@ -204,7 +204,7 @@ class AnsweringActor:
             EdgeError: the engine cannot be loaded.
         """
         if self._engine is None:
-            self._engine = self._opening.open()
+            self._engine = self._opening.open(ServedEngine)
         found: list[Answered] = []
         for piece in batch["item"].tolist():
             found += answer_lines(self._engine, self._rules, self._fetch(int(piece)))

@@ -18,9 +18,9 @@ from typing import Any, Protocol
 
 from autoglm_edge.errors import EdgeError, RequestError
 from autoglm_edge.runtime.bundle import Bundle
+from autoglm_edge.runtime.opening import Opening
 
 from .job import Rules
-from .opening import Opening
 from .output import Output, same_file
 from .record import Answered
 from .source import Source

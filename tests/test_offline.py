@@ -27,14 +27,15 @@ from autoglm_edge.errors import EdgeError, RequestError
 from autoglm_edge.offline.answers import ahead, answer_lines
 from autoglm_edge.offline.batch import MOST_FAULTS, Summary, answer_file
 from autoglm_edge.offline.job import Rules
-from autoglm_edge.offline.opening import Opening
 from autoglm_edge.offline.output import Output, id_of
 from autoglm_edge.offline.pictures import with_pictures
 from autoglm_edge.offline.record import Answered
 from autoglm_edge.offline.request import name_of, read_request
 from autoglm_edge.offline.source import Line, Source
+from autoglm_edge.runtime.opening import Opening
 from autoglm_edge.server.limits import Limits
 from autoglm_edge.server.problem import ApiError
+from autoglm_edge.server.work.answering import ServedEngine
 
 LIMITS = Limits()
 RULES = Rules(("pocket", "autoglm-phone-9b"))
@@ -711,7 +712,7 @@ def test_the_command_answers_as_the_engine_does_and_a_second_one_has_nothing_to_
     assert json.loads(again.stdout.splitlines()[-1])["before"] == 3
     assert "1 of them with an error" in first.stderr
     found = {line["custom_id"]: line for line in read(tmp_path / "out")}
-    with Opening(bundle).open() as engine:
+    with Opening(bundle).open(ServedEngine) as engine:
         deltas = [*engine.chat([{"role": "user", "content": "打开设置"}], max_tokens=6)]
     said = found["a"]["response"]["body"]["choices"][0]["message"]["content"]
     assert said == "".join(delta.text for delta in deltas)

@@ -1,4 +1,4 @@
-"""How the engine of a batch is opened, as a value: it can be sent to another process and carried out there.
+"""How an engine is opened, as a value: it can be kept, sent to another process and carried out there.
 
 In: a bundle and options. Out: an engine. Knows nothing of requests.
 """
@@ -7,18 +7,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
-from autoglm_edge.runtime.bundle import Bundle
-from autoglm_edge.runtime.machine.prepared import Tell
-from autoglm_edge.runtime.prompt.template import ImageLayout
-from autoglm_edge.runtime.reuse.options import ReuseOptions
-from autoglm_edge.runtime.session import SessionOptions
-from autoglm_edge.server.work.answering import ServedEngine
+from .engine import Engine
+from .machine.prepared import Tell
+from .prompt.template import ImageLayout
+from .reuse.options import ReuseOptions
+from .session import SessionOptions
+
+Kind = TypeVar("Kind", bound=Engine)
 
 
 @dataclass(frozen=True)
 class Opening:
-    """A bundle and the options of `ServedEngine`.
+    """A bundle and the options of `Engine`.
 
     Attributes:
         bundle: its folder.
@@ -38,10 +40,11 @@ class Opening:
     reuse: ReuseOptions = field(default_factory=ReuseOptions)
     concurrency: int = 1
 
-    def open(self, tell: Tell | None = None) -> ServedEngine:
+    def open(self, kind: type[Kind], tell: Tell | None = None) -> Kind:
         """Load the engine.
 
         Args:
+            kind: Engine, or a class that stands on it.
             tell: told when weights are prepared first, which takes long.
 
         Raises:
@@ -49,12 +52,16 @@ class Opening:
             DeviceError: the device is not there.
             RequestError: an option is outside what the bundle allows.
         """
-        return ServedEngine(
-            Bundle.open(self.bundle),
-            options=self.session,
+        return kind.load(
+            self.bundle,
+            device=self.session.device,
+            threads=self.session.threads,
             context=self.context,
             image_layout=self.image_layout,
             max_image_tokens=self.max_image_tokens,
+            weights=self.session.weights,
+            prefill=self.session.prefill,
+            prepare=self.session.prepare,
             reuse=self.reuse,
             concurrency=self.concurrency,
             tell=tell,

@@ -1,0 +1,1 @@
+../../autoglm_edge/cli_engine.py
