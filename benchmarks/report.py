@@ -39,6 +39,8 @@ NAMES = (
     "compare-40",
     "agent_step",
     "lookup",
+    "serving",
+    "soak",
 )
 
 
@@ -137,6 +139,18 @@ def _lookup(options: argparse.Namespace) -> None:
     )
 
 
+def _serving(options: argparse.Namespace) -> None:
+    """One request of each client, of a smaller picture: reading them takes a 9B minutes on two cores."""
+    script = [sys.executable, str(HERE / "serving.py"), str(_bundle(options, "int4"))]
+    script += ["--rounds", "1", "--max-image-tokens", "256", "-o", str(options.results / "serving.json")]
+    _last_line(script)
+
+
+def _soak(options: argparse.Namespace) -> None:
+    """Of the embedded model."""
+    _keep(options, "soak", [sys.executable, str(ROOT / "scripts" / "soak_server.py")])
+
+
 RUNS: dict[str, Callable[[argparse.Namespace], None]] = {
     "full_size": _full_size,
     **{f"bench-{name}": _bench(name) for name in BUNDLES},
@@ -144,6 +158,8 @@ RUNS: dict[str, Callable[[argparse.Namespace], None]] = {
     "compare-40": _compare_40,
     "agent_step": _agent_step,
     "lookup": _lookup,
+    "serving": _serving,
+    "soak": _soak,
 }
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from agent_step import table as agent_table
 from compare_report import markdown as compare_table
 from lookup import table as lookup_table
+from serving import table as serving_table
 
 Results = Mapping[str, Any]
 """Documents by the name of their file, without its ending."""
@@ -32,6 +33,8 @@ def sections(results: Results) -> dict[str, str]:
         "compare": compared(results),
         "agent": agent(results),
         "lookup": lookup(results),
+        "serving": serving(results),
+        "soak": soak(results),
     }
 
 
@@ -58,9 +61,9 @@ def targets(results: Results) -> str:
     rows = [
         *_export_rows(results.get("full_size")),
         *_load_rows(results),
-        *_decode_rows(_whole(results)),
+        *_decode_rows(_with(results, "ours INT4")),
         *_lookup_rows(results.get("lookup")),
-        *_prefill_rows(_whole(results)),
+        *_prefill_rows(results),
         *_vision_rows(results),
         *_reuse_rows(results.get("agent_step")),
     ]
@@ -148,13 +151,14 @@ def _lookup_rows(document: Mapping[str, Any] | None) -> list[Row]:
     return [_row("decode with prompt-lookup, recorded answers", "≥ 1.5 ×, same tokens", measured, least)]
 
 
-def _prefill_rows(document: Mapping[str, Any] | None) -> list[Row]:
-    long = max((int(length) for length in (document or {}).get("prefill", [])), default=1536)
+def _prefill_rows(results: Results) -> list[Row]:
     rows = []
     for name, what, least in (
         ("ours INT4 + int8", "int8 weights beside the int4 ones", 4),
         ("ours INT4", "the int4 weights alone", 2),
     ):
+        document = _with(results, name)
+        long = max((int(length) for length in (document or {}).get("prefill", [])), default=1536)
         rate = _engine(document, name).get("prefill", {}).get(str(long), {})
         ratio, share = rate.get("by_reference"), rate.get("of_int8_peak")
         measured = None if ratio is None else f"{ratio:.2f} ×, {share:.0%} of the machine's int8 peak"
@@ -309,6 +313,31 @@ def lookup(results: Results) -> str:
     return f"{_where(document)}\n\n{lookup_table(document['runs'])}"
 
 
+def serving(results: Results) -> str:
+    """Clients at one server."""
+    document = results.get("serving")
+    if document is None:
+        return MISSING
+    return (
+        f"{_where(document)} {document['recipe']}, {document['answer_tokens']} tokens of answer.\n\n"
+        f"{serving_table(document)}"
+    )
+
+
+def soak(results: Results) -> str:
+    """Minutes of everything at once."""
+    document = results.get("soak")
+    if document is None:
+        return MISSING
+    count, faults = document["requests"], len(document["faults"])
+    return (
+        f"{_where(document)} {document['minutes']:g} minutes, {document['clients']} clients, {count:,} "
+        f"requests: {faults} faults; anonymous memory {document['anon_mb'][-1]:.0f} MB at the end. A line "
+        f"through all but the first {document['warm_up_s']:.0f} seconds rises by "
+        f"{document['growth_mb']:.1f} MB."
+    )
+
+
 # --- pieces
 
 
@@ -327,10 +356,10 @@ def _layers(document: Mapping[str, Any] | None) -> str:
     return f"{document['geometry']['layers']} layers and head" if document else "9B shape"
 
 
-def _whole(results: Results) -> Mapping[str, Any] | None:
-    """The comparison with most layers: the head weighs less in it."""
-    found: Mapping[str, Any] | None = results.get("compare-40") or results.get("compare")
-    return found
+def _with(results: Results, engine: str) -> Mapping[str, Any] | None:
+    """The comparison with most layers that has this engine: the head weighs less in it."""
+    documents = [results[name] for name in ("compare-40", "compare") if results.get(name)]
+    return next((document for document in documents if engine in document["engines"]), None)
 
 
 def _engine(document: Mapping[str, Any] | None, name: str) -> Mapping[str, Any]:

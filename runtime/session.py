@@ -78,7 +78,14 @@ class SessionOptions:
 def session_settings(options: SessionOptions, entries: Mapping[str, str] | None = None) -> ort.SessionOptions:
     """What all sessions have in common, and the entries of this one."""
     settings = ort.SessionOptions()
-    settings.intra_op_num_threads = options.thread_count
+    threads = choose_threads(options.threads)
+    settings.intra_op_num_threads = threads.count
+    if threads.cpus and threads.count > 1:
+        # The calling thread is the first one, and not ours to move. CPUs are counted from 1 here.
+        everywhere = ",".join(str(cpu + 1) for cpu in threads.cpus)
+        settings.add_session_config_entry(
+            "session.intra_op_thread_affinities", ";".join([everywhere] * (threads.count - 1))
+        )
     settings.inter_op_num_threads = 1
     settings.log_severity_level = 3
     # Plans of memory are kept for every set of input shapes that was ever seen, and here each step and each

@@ -14,7 +14,7 @@ from autoglm_edge.embedded import pocket_path
 from autoglm_edge.errors import BundleError, DeviceError
 from autoglm_edge.runtime.bundle import Bundle
 from autoglm_edge.runtime.machine.limits import anonymous_bytes
-from autoglm_edge.runtime.machine.topology import usable_cores
+from autoglm_edge.runtime.machine.topology import Threads, usable_cores, usable_cpus
 from autoglm_edge.runtime.model import Model
 from autoglm_edge.runtime.session import (
     MAPPED,
@@ -69,6 +69,42 @@ def test_runs_of_ever_new_shapes_leave_memory_as_it_was(bundle_of: Callable[...,
 
     before = grown(100)
     assert grown(400) - before < 16_000_000
+
+
+@pytest.mark.parametrize(("cpus", "entry"), [((), ""), ((4, 6, 7), "5,7,8;5,7,8")])
+def test_threads_are_kept_on_large_cores(
+    monkeypatch: pytest.MonkeyPatch, cpus: tuple[int, ...], entry: str
+) -> None:
+    monkeypatch.setattr(
+        "autoglm_edge.runtime.session.choose_threads", lambda asked: Threads(3, "three", cpus)
+    )
+
+    settings = session_settings(SessionOptions())
+
+    assert settings.intra_op_num_threads == 3
+    if entry:
+        assert settings.get_session_config_entry("session.intra_op_thread_affinities") == entry
+    else:
+        with pytest.raises(RuntimeError):
+            settings.get_session_config_entry("session.intra_op_thread_affinities")
+
+
+def test_a_session_whose_threads_are_kept_somewhere_computes_the_same(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cpus = tuple(usable_cpus()[:2])
+    if len(cpus) < 2:
+        pytest.skip("this system has one CPU, or does not tell")
+    ids, positions = np.arange(5, 21), np.arange(16)[None].repeat(3, 0)
+
+    def logits(kept: tuple[int, ...]) -> np.ndarray:
+        monkeypatch.setattr(
+            "autoglm_edge.runtime.session.choose_threads", lambda asked: Threads(2, "two", kept)
+        )
+        model = Model(bundle, SessionOptions())
+        return model.forward(model.embed(ids), positions, model.new_cache(16), keep=0)
+
+    assert (logits(cpus) == logits(())).all()
 
 
 def test_keys_and_values_are_written_into_the_buffers_given(bundle: Bundle) -> None:

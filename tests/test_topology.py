@@ -51,19 +51,23 @@ def test_little_cores_of_a_phone_are_left_out(tmp_path: Path) -> None:
     threads = threads_of(list(range(8)), write(tmp_path, files))
 
     assert (threads.count, threads.reason) == (4, "8 cores, 4 of them large")
+    assert threads.cpus == (4, 5, 6, 7)
 
 
 def test_a_process_on_little_cores_uses_them(tmp_path: Path) -> None:
     files = {f"{CPU}/cpu{cpu}/cpu_capacity": 250 if cpu < 4 else 1024 for cpu in range(8)}
 
-    assert threads_of([0, 1, 2, 3], write(tmp_path, files)).count == 4
+    threads = threads_of([0, 1, 2, 3], write(tmp_path, files))
+    assert (threads.count, threads.cpus) == (4, ())
 
 
 def test_efficiency_cores_of_a_hybrid_are_left_out(tmp_path: Path) -> None:
     kinds = {"sys/devices/cpu_core/cpus": "0-3", "sys/devices/cpu_atom/cpus": "4-7"}
     root = write(tmp_path, {**siblings(["0-1", "2-3", "4", "5", "6", "7"]), **kinds})
 
-    assert threads_of(list(range(8)), root).count == 2
+    threads = threads_of(list(range(8)), root)
+    assert (threads.count, threads.cpus) == (2, tuple(sorted(threads.cpus)))
+    assert len(threads.cpus) == 2
     assert threads_of([4, 5, 6], root).count == 3
 
 

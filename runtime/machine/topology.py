@@ -1,11 +1,12 @@
-"""How many threads pay on this machine: from its cores and its limits, not only from its number of CPUs.
+"""How many threads pay on this machine, and where: from its cores and limits, not only its number of CPUs.
 
 In: Linux' own description of the CPUs under /sys, /proc and the control groups; elsewhere only a count. Out:
-a number of threads and the reason for it. Knows nothing of graphs.
+a number of threads, the CPUs they are to be kept on, and the reason. Knows nothing of graphs.
 
 An operator is cut into equal pieces, one per thread, and waits for the slowest. So the second thread of a
 core does not help, a small core beside large ones holds all of them up, and a thread beyond the quota of a
-container stops all until the next period.
+container stops all until the next period. Where there are small cores, threads are kept on the large ones;
+cores that are alike are the system's to choose.
 """
 
 from __future__ import annotations
@@ -27,10 +28,12 @@ class Threads:
     Attributes:
         count: at least 1.
         reason: of the count, a part of a sentence.
+        cpus: that they are to be kept on; any if empty.
     """
 
     count: int
     reason: str
+    cpus: tuple[int, ...] = ()
 
 
 def usable_cpus() -> list[int]:
@@ -80,7 +83,7 @@ def threads_of(usable: list[int], root: Path) -> Threads:
     if quota is not None and quota < count:
         count = max(1, int(quota))
         reasons.append(f"a quota of {quota:.3g}")
-    return Threads(count, ", ".join(reasons))
+    return Threads(count, ", ".join(reasons), tuple(large) if len(large) < len(cores) else ())
 
 
 def _large(cores: list[int], root: Path) -> list[int]:
