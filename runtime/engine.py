@@ -46,7 +46,8 @@ from .stops import StopText, read_stops
 DEFAULT_CONTEXT = 25480
 """Tokens held unless asked otherwise: what the reference deployment of the phone agent serves."""
 GUARD_STOPS = ("</answer>",)
-"""Never part of an answer: agents parse what stands before it, and a trailing one breaks their parser."""
+"""Never part of an answer: agents parse what stands before it, and a trailing one breaks their parser. An
+answer that is held to JSON may spell it out in a string; it ends by itself."""
 
 
 class Engine:
@@ -346,7 +347,7 @@ class Engine:
         return Job(
             prompt,
             Sampler(params, vocab=self.tokenizer.vocab_size, prompt_ids=prompt.ids),
-            StopText((*GUARD_STOPS, *read_stops(stop))),
+            StopText((*(() if params.grammar else GUARD_STOPS), *read_stops(stop))),
             max_tokens or self.context - len(prompt.ids),
             Cancel(cancel),
             clock or Clock(),

@@ -175,6 +175,16 @@ def test_a_stop_string_ends_a_document_like_any_text(live: Live) -> None:
     assert choice["message"]["content"].endswith("one ")
 
 
+def test_a_closing_tag_within_a_string_ends_nothing(live: Live) -> None:
+    choice = live.post(
+        CHAT,
+        {"messages": ASK, "response_format": held_to({"const": "a</answer>b"}), "max_tokens": 60},
+    ).json()["choices"][0]
+
+    assert json.loads(choice["message"]["content"]) == "a</answer>b"
+    assert choice["finish_reason"] == "stop"
+
+
 def test_a_thought_may_come_first_and_none_comes_where_it_is_switched_off(live: Live) -> None:
     body = {"max_tokens": 200, "response_format": held_to(SCHEMA), "return_reasoning": True}
     with_thought = live.chat("打开设置", enable_thinking=True, **body).json()["choices"][0]
