@@ -4,7 +4,7 @@ Each extra is installed by pip into an empty folder of its own, dependencies inc
 up (1 MB = 1,000,000 bytes, byte code of the installed modules included). The folder is removed afterwards.
 Prints a table; the last line of stdout is one JSON document.
 
-    python benchmarks/install_size.py                      # plain, export, server, ray, speech, parity, optimum
+    python benchmarks/install_size.py                                 # all of them
     python benchmarks/install_size.py parity --torch-index https://download.pytorch.org/whl/cpu
 
 torch is pinned to what the tests use; `--torch torch` takes the newest. Whether its build holds CUDA
