@@ -196,7 +196,9 @@ def live(bundle_of: Callable[..., Path]) -> Iterator[Live]:
     bundle = bundle_of(pocket_path(), "int8")
 
     def load() -> ServedEngine:
-        return ServedEngine(Bundle.open(bundle), options=SessionOptions(threads=1), context=400)
+        return ServedEngine(
+            Bundle.open(bundle), options=SessionOptions(threads=1), context=400, concurrency=3
+        )
 
     with running(load, limits=Limits(body_bytes=200_000)) as live:
         yield live
