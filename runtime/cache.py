@@ -38,7 +38,7 @@ class KVCache:
         device: Device = "cpu",
         *,
         buffers: Mapping[str, ort.OrtValue] | None = None,
-        owner: KVSlots | None = None,
+        whole: Mapping[str, ort.OrtValue] | None = None,
     ) -> None:
         """Reserve the buffers.
 
@@ -47,7 +47,7 @@ class KVCache:
             capacity: tokens to hold.
             device: where they lie.
             buffers: these, (1, K, capacity, D) by "LAYER.key" and "LAYER.value", instead of new ones.
-            owner: of these; a value that is a part of another does not keep that one alive.
+            whole: of which these are parts; a part does not keep the whole alive.
 
         Raises:
             DeviceError: there is not enough memory.
@@ -60,7 +60,7 @@ class KVCache:
         self.row_bytes = self.dtype.itemsize * geometry.layers * 2 * geometry.kv_heads * geometry.head_dim
         self._on_host = device == "cpu"
         self._values = dict(buffers or _reserve(manifest, 1, capacity, device))
-        self._owner = owner
+        self._whole = whole
 
     @property
     def past(self) -> dict[str, ort.OrtValue]:
@@ -180,7 +180,7 @@ class KVSlots:
                 manifest,
                 capacity,
                 buffers={name: _view(value, slot, slot + 1) for name, value in self._values.items()},
-                owner=self,
+                whole=self._values,
             )
             for slot in range(count)
         )

@@ -7,8 +7,10 @@ answer's slot, or was taken over wrongly, shows. Real graphs follow, on the embe
 
 from __future__ import annotations
 
+import gc
 import random
 import threading
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -353,6 +355,29 @@ def test_slots_that_change_places_keep_their_rows(pocket_int4: Path) -> None:
         for cache, expected in zip(buffers.caches, rows, strict=True):
             assert cache.length == expected.shape[3]
             assert (cache.read(0, cache.length) == expected).all()
+
+
+def test_caches_are_freed_when_nobody_needs_them(pocket_int4: Path) -> None:
+    """At once, not when the collector of cycles comes by: they are gigabytes."""
+    model = Model(Bundle.open(pocket_int4), SessionOptions("cpu", 1))
+    gc.collect()
+    gc.disable()
+    try:
+        slots = model.new_slots(8, 2)
+        embeds = model.embed(np.array([10, 11])).swapaxes(0, 1)
+        model.forward_each(embeds, np.zeros((3, 2), np.int64), slots)
+        model.forward(embeds[:1], np.ones((3, 1), np.int64), slots.caches[0])
+        there = weakref.ref(slots)
+        del slots
+        assert there() is None
+
+        engine = Engine.load(pocket_int4, threads=1, concurrency=2)
+        assert [*engine.chat([{"role": "user", "content": "Hi"}], max_tokens=3)]
+        there = weakref.ref(engine._runner.slots.buffers)
+        engine.close()
+        assert there() is None
+    finally:
+        gc.enable()
 
 
 def test_an_engine_in_a_batch_is_taken(pocket_int4: Path) -> None:
