@@ -272,14 +272,23 @@ class _Words:
         tags = [token for tag in ALLOWED_TAGS if (token := tokenizer.id_of(tag)) is not None]
         self.eos_token_id = eos[0]
         self.tokens = [tokenizer.bytes_of(token) for token in range(tokenizer.vocab_size)]
-        self.special_token_ids = sorted({*tokenizer.special_ids, *eos, *tags})
+        self._special = frozenset({*tokenizer.special_ids, *eos, *tags})
+        self.special_token_ids = sorted(self._special)
         self._tokenizer = tokenizer
 
     def __call__(self, text: str) -> list[int]:
         """Ids of a text; the library tries with bytes first, and takes an error as a no."""
         if not isinstance(text, str):
             raise TypeError("text must be a string")
-        return self._tokenizer.encode(text)
+        ids = self._tokenizer.encode(text)
+        # A special token that is written out is text here, and spelled letter by letter.
+        return [piece for token in ids for piece in self._spelled(token)]
+
+    def _spelled(self, token: int) -> Sequence[int]:
+        if token not in self._special:
+            return (token,)
+        letters = self.tokens[token].decode("utf-8")
+        return [piece for letter in letters for piece in self._tokenizer.encode(letter)]
 
 
 def read_schema(schema: object) -> str:
