@@ -20,7 +20,7 @@ from autoglm_edge.server.metrics import TYPE
 from autoglm_edge.server.problem import ApiError
 from autoglm_edge.server.replying.responses import CutOffError, Reply, Send, document
 from autoglm_edge.server.service import Service
-from autoglm_edge.server.work.scheduler import stopping
+from autoglm_edge.server.work.scheduler import queue_full, stopping
 
 from .exchange import Exchange, Head, ReplicaLostError, exchange
 from .exposition import joined
@@ -103,12 +103,7 @@ class Front:
         if self._service.state == "stopping":
             raise stopping()
         if self._admitted >= self._most:
-            raise ApiError(
-                429,
-                f"{self._most} requests are waiting or being answered, more are not taken; try again later",
-                code="queue_full",
-                headers={"retry-after": "1"},
-            )
+            raise queue_full(self._most)
         self._admitted += 1
         try:
             yield

@@ -35,7 +35,7 @@ from .replying.forms import ChatForm, Form, Frame, GenerateForm, Telling, TextFo
 from .replying.responses import EventStream, PatientDocument
 from .settings import Settings
 from .work.answering import Answering
-from .work.scheduler import LOG, Scheduler, stopping, trace_of
+from .work.scheduler import LOG, Scheduler, queue_full, stopping, trace_of
 
 PREPARING_THREADS = 2
 """Pictures that are unpacked at the same time; the engine wants the cores, too."""
@@ -117,12 +117,7 @@ class Service:
         engine, _ = self._ready()
         most = self.settings.limits.queue + engine.concurrency
         if self._admitted >= most:
-            raise ApiError(
-                429,
-                f"{most} requests are waiting or being answered, more are not taken; try again later",
-                code="queue_full",
-                headers={"retry-after": "1"},
-            )
+            raise queue_full(most)
         self._admitted += 1
         try:
             yield

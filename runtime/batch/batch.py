@@ -95,7 +95,7 @@ class Batch:
     @property
     def active(self) -> int:
         """Answers that have been added and not ended."""
-        return len(self._waiting) + (self._reading is not None) + len(self._decoding)
+        return len(self._answers())
 
     @property
     def room(self) -> int:
@@ -111,13 +111,13 @@ class Batch:
 
     def drop(self, number: int) -> None:
         """Forget an answer, if it has not ended; what is in the cache of it stays."""
-        for answer in (*self._waiting, *self._decoding, *([self._reading] if self._reading else ())):
+        for answer in self._answers():
             if answer.number == number:
                 self._leave(answer)
 
     def clear(self) -> None:
         """Forget all answers."""
-        for answer in (*self._waiting, *self._decoding, *([self._reading] if self._reading else ())):
+        for answer in self._answers():
             self._leave(answer)
 
     def step(self) -> list[Event]:
@@ -135,6 +135,10 @@ class Batch:
         if self._decoding:
             self._decode(events)
         return events
+
+    def _answers(self) -> list[_Answer]:
+        """All that have been added and not ended."""
+        return [*self._waiting, *self._decoding, *([self._reading] if self._reading else ())]
 
     def _read(self, answer: _Answer, events: list[Event]) -> None:
         """Take one prompt a piece further."""

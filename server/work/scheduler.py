@@ -308,6 +308,16 @@ def stopping() -> ApiError:
     )
 
 
+def queue_full(most: int) -> ApiError:
+    """As many requests are there as may be."""
+    return ApiError(
+        429,
+        f"{most} requests are waiting or being answered, more are not taken; try again later",
+        code="queue_full",
+        headers={"retry-after": "1"},
+    )
+
+
 def trace_of(error: BaseException) -> str:
     """Where an error happened and of which type it is; not its message, which may hold a user's text."""
     lines = traceback.format_tb(error.__traceback__)
