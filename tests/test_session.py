@@ -53,7 +53,7 @@ def test_two_caches_hold_two_sequences_without_touching_each_other(bundle: Bundl
 
 
 def test_runs_of_ever_new_shapes_leave_memory_as_it_was(bundle_of: Callable[..., Path]) -> None:
-    """At most 16 MB for 400 shapes: with plans kept for each of them it was 336."""
+    """At most 16 MB for 400 shapes; with plans kept for each of them it is hundreds."""
     if anonymous_bytes() is None:
         pytest.skip("this system does not tell anonymous memory")
     model = Model(Bundle.open(bundle_of(pocket_path(), "int4")), SessionOptions(threads=1))
