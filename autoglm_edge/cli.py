@@ -1,33 +1,24 @@
 """The commands `autoglm` and `autoglm-export`.
 
 In: the command line. Out: an exit status. Each subcommand is a thin skin over a public function, in a
-module of its own that is imported when the command is used; the heavy imports are inside those. Knows only
-their names.
+module of `commands/` that is imported when the command is used; the heavy imports are inside those. Knows
+only their names.
 """
 
 from __future__ import annotations
 
-from importlib import import_module, metadata
+from importlib import import_module
 
 import click
 
-from autoglm_edge.cli_common import examples, tolerate_encodings
+from autoglm_edge.commands.command import examples
+from autoglm_edge.commands.terminal import tolerate_encodings
 
 PROGRAM = "autoglm"
 EXPORT_PROGRAM = "autoglm-export"
 
-_COMMANDS = {
-    "export": "autoglm_edge.cli_export",
-    "run": "autoglm_edge.cli_run",
-    "info": "autoglm_edge.cli_info",
-    "prepare": "autoglm_edge.cli_prepare",
-    "serve": "autoglm_edge.cli_serve",
-    "bench": "autoglm_edge.cli_bench",
-    "simulate": "autoglm_edge.cli_simulate",
-    "record": "autoglm_edge.cli_record",
-    "validate": "autoglm_edge.cli_validate",
-}
-"""Each module has the command as an attribute of the command's name."""
+_COMMANDS = ("export", "run", "info", "prepare", "serve", "bench", "simulate", "record", "validate")
+"""Each is a function of its name, in a module of its name in `autoglm_edge.commands`."""
 
 
 class _LazyGroup(click.Group):
@@ -39,13 +30,15 @@ class _LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in _COMMANDS:
             return None
-        command = getattr(import_module(_COMMANDS[cmd_name]), cmd_name)
+        command = getattr(import_module(f"autoglm_edge.commands.{cmd_name}"), cmd_name)
         assert isinstance(command, click.Command)
         return command
 
 
 def _print_version(ctx: click.Context, param: click.Parameter, value: bool) -> None:
     if value and not ctx.resilient_parsing:
+        from importlib import metadata  # only here: it brings email, zipfile and more
+
         click.echo(f"autoglm-edge {metadata.version('autoglm-edge')}")
         ctx.exit()
 
@@ -95,7 +88,7 @@ def export_command() -> click.Command:
     """`autoglm export` as a command of its own, with --version."""
     from copy import copy
 
-    from autoglm_edge.cli_export import export
+    from autoglm_edge.commands.export import export
 
     command = copy(export)
     command.params = list(export.params)

@@ -26,7 +26,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from autoglm_edge.android_sim.arm64.qemu import CPUS
 from autoglm_edge.android_sim.arm64.root import ensure_root
-from autoglm_edge.cli_common import ProgressLine
+from autoglm_edge.commands.progress import ProgressLine
 
 OUTPUTS, INPUTS, ROWS = 512, 1024, 16
 FORMATS = tuple(itertools.product((4, 8), (32, 64, 128), (False, True)))

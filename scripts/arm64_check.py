@@ -18,7 +18,7 @@ from pathlib import Path
 
 from autoglm_edge.android_sim.arm64.check import MAX_TOKENS, PROMPT, Question, check_arm64, prepare_arm64
 from autoglm_edge.android_sim.arm64.qemu import CPUS
-from autoglm_edge.cli_common import ProgressLine
+from autoglm_edge.commands.progress import ProgressLine
 from autoglm_edge.errors import EdgeError
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import click
 
-from autoglm_edge.cli_serve import serve
+from autoglm_edge.commands.serve import serve
 from autoglm_edge.server.asking.options import UNSUPPORTED
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "server.md"

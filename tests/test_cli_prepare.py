@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from autoglm_edge.cli_info import info
-from autoglm_edge.cli_prepare import prepare
+from autoglm_edge.commands.info import info
+from autoglm_edge.commands.prepare import prepare
 from autoglm_edge.runtime import plan as plan_module
 from autoglm_edge.runtime.machine import prepared
 from autoglm_edge.runtime.machine.integers import Integers

@@ -22,6 +22,7 @@ from pathlib import Path
 import pytest
 
 import autoglm_edge
+from autoglm_edge.runtime.layerwise.expansion import COMPILED
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -55,7 +56,8 @@ THIRD_PARTY = {
     "offline": {"numpy", "PIL"},
     "cluster": {"ray", "numpy", "h11", "starlette"},
     "speech": {"numpy", "torch", "whisper"},
-    "": {"click", "numpy", "PIL"},
+    "commands": {"click", "PIL"},
+    "": {"click"},
 }
 INTERNAL = {
     "runtime": ("autoglm_edge.errors", "autoglm_edge.files"),
@@ -67,6 +69,7 @@ INTERNAL = {
         "autoglm_edge.quantize",
         "autoglm_edge.runtime.bundle",
         "autoglm_edge.runtime.layerwise.index",
+        "autoglm_edge.runtime.machine.limits",
         "autoglm_edge.runtime.machine.topology",
         "autoglm_edge.runtime.manifest",
         "autoglm_edge.runtime.prompt",
@@ -113,6 +116,22 @@ INTERNAL = {
         "autoglm_edge.server",
     ),
     "speech": ("autoglm_edge.errors", "autoglm_edge.files"),
+    "commands": (
+        "autoglm_edge.errors",
+        "autoglm_edge.files",
+        "autoglm_edge.embedded",
+        "autoglm_edge.android_sim",
+        "autoglm_edge.autorecipe",
+        "autoglm_edge.cluster",
+        "autoglm_edge.export",
+        "autoglm_edge.measure",
+        "autoglm_edge.offline",
+        "autoglm_edge.parity",
+        "autoglm_edge.quantize",
+        "autoglm_edge.runtime",
+        "autoglm_edge.server",
+        "autoglm_edge.speech",
+    ),
     "": ("autoglm_edge",),
 }
 # Where the original model is asked, and where whisper listens.
@@ -326,7 +345,8 @@ def test_third_party_imports_are_declared_dependencies() -> None:
     # fastapi stands on starlette and shows its types, uvicorn on h11; grammars are an extra.
     below = {"starlette", "h11"}
     assert declared("runtime") - names(extras["grammar"]) <= plain
-    assert declared("measure") | declared("android_sim") | declared("offline") | declared("") <= plain
+    assert declared("measure") | declared("android_sim") | declared("offline") <= plain
+    assert declared("commands") | declared("") <= plain
     assert declared("server") - below <= server
     assert declared("cluster") - below <= plain | names(extras["ray"])
     assert declared("speech") - {"torch"} <= plain | names(extras["speech"])  # whisper stands on torch
@@ -399,16 +419,25 @@ def test_a_public_name_stays_a_function_after_the_folder_of_that_name_is_importe
     assert run_python(code, cwd=tmp_path).split() == ["True", "True"]
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def built_wheel(source: Path, **environment: str) -> Path:
     """The wheel, built by setuptools itself (no network, no build folders in the repository)."""
-    source = tmp_path_factory.mktemp("source")
     for folder in {path.split("/")[0] for path in PACKAGE_DIR.values()}:
-        shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__"))
+        left_out = shutil.ignore_patterns("__pycache__", "*.so", "*.pyd")
+        shutil.copytree(ROOT / folder, source / folder, ignore=left_out)
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
-    run_python("from setuptools import build_meta; build_meta.build_wheel('dist')", cwd=source)
+    code = f"import os; os.environ.update({environment!r})\n"
+    run_python(code + "from setuptools import build_meta; build_meta.build_wheel('dist')", cwd=source)
     return next((source / "dist").glob("*.whl"))
+
+
+def names_in(wheel: Path) -> set[str]:
+    return {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return built_wheel(tmp_path_factory.mktemp("source"))
 
 
 @pytest.mark.slow
@@ -417,18 +446,29 @@ def test_the_wheel_holds_every_module_and_data_file(wheel: Path) -> None:
         f"{package.replace('.', '/')}/{path.name}"
         for package, folder in PACKAGE_DIR.items()
         for path in (ROOT / folder).iterdir()
-        if path.suffix in (".py", ".json", ".toml", ".kt") or path.name == "py.typed"
+        if path.suffix in (".py", ".pyi", ".json", ".toml", ".kt") or path.name == "py.typed"
     }
     wanted |= {
         f"autoglm_edge/android_sim/devices/{path.name}" for path in (ROOT / "android_sim/devices").iterdir()
     }
     wanted |= {f"autoglm_edge/pocket/{path.name}" for path in (ROOT / "autoglm_edge" / "pocket").iterdir()}
 
-    names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    names = names_in(wheel)
 
     assert "autoglm_edge/runtime/manifest.schema.json" in names
     assert "autoglm_edge/pocket/model.safetensors" in names
-    assert names == wanted
+    compiled = {name for name in names if name.endswith((".so", ".pyd"))}
+    assert names - compiled == wanted
+    # A compiler that this interpreter can use is there for the wheel if it was for the installation.
+    assert bool(compiled) == COMPILED
+
+
+@pytest.mark.slow
+def test_a_machine_without_a_compiler_gets_the_same_wheel_without_the_compiled_loops(tmp_path: Path) -> None:
+    names = names_in(built_wheel(tmp_path, CC=str(tmp_path / "no-such-compiler")))
+
+    assert "autoglm_edge/runtime/layerwise/tiles.py" in names
+    assert not [name for name in names if name.endswith((".so", ".pyd", ".c"))]
 
 
 @pytest.mark.slow

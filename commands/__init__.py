@@ -1,0 +1,1 @@
+"""The commands of `autoglm`: a module for each, named as it is, and what several of them share."""

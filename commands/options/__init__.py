@@ -1,0 +1,1 @@
+"""Blocks of options: what the command line says of a subject, as one value each."""

@@ -1,1 +1,0 @@
-../../autoglm_edge/cli_speech.py
