@@ -13,6 +13,7 @@ from typing import Literal
 from autoglm_edge.errors import DeviceError, RequestError
 
 from .bundle import Bundle
+from .layerwise.expansion import COMPILED
 from .machine.integers import Integers, integers
 from .machine.limits import available_bytes
 from .machine.prepared import prepared_state, room_for
@@ -24,9 +25,9 @@ PREPARE_FROM_BYTES = 1_000_000_000
 """Least weights of a decoder that are prepared without being asked for: smaller ones pack in a second."""
 PREFILL_FROM_TOKENS = 32
 """Shortest piece of a prompt for the prefill graph: it reads twice the decoder's bytes, so few do not pay."""
-LAYERS_FROM_TOKENS = 384
-"""Shortest prompt that is read layer by layer: expanding takes the time that is saved on some hundred tokens;
-compare `autoglm bench --prompts layers` with `--prompts decoder`."""
+LAYERS_FROM_TOKENS = {True: 128, False: 320}
+"""Shortest prompt that is read layer by layer, by whether the expansion is compiled: it takes the time that
+is saved on some tokens. Compare `autoglm bench --prompts layers` with `--prompts decoder`."""
 PREFILL_CHUNK = 512
 """Tokens per run of a prefill; bounds its activations."""
 LAYERS_CHUNK = 4096
@@ -81,12 +82,14 @@ class Machine:
         integers: 8-bit products.
         is_prepared: whether prepared weights of a part are there.
         room: why prepared weights of a part cannot be made; "" if they can.
+        compiled: whether layers are expanded by compiled loops.
     """
 
     available_bytes: int | None
     integers: Integers
     is_prepared: Callable[[str], bool]
     room: Callable[[str], str]
+    compiled: bool = COMPILED
 
     @classmethod
     def of(cls, bundle: Bundle) -> Machine:
@@ -129,7 +132,7 @@ def plan_model(bundle: Bundle, options: SessionOptions, machine: Machine | None 
         threads.reason,
         prepare=build,
         widened=is_integer(manifest, "vision") and not machine.integers.exact,
-        prompt_from=LAYERS_FROM_TOKENS
+        prompt_from=LAYERS_FROM_TOKENS[machine.compiled]
         if prefill == "layers" and options.prefill == "auto"
         else PREFILL_FROM_TOKENS,
     )
@@ -204,8 +207,9 @@ def _prefill(
         return "decoder", machine.integers.reason
     if asked == "integer":
         return "integer", f"asked for; from {PREFILL_FROM_TOKENS} tokens on"
+    expanded = "compiled loops" if machine.compiled else "numpy, as no C compiler was there at installation"
     if asked == "layers":
-        return "layers", f"asked for; from {PREFILL_FROM_TOKENS} tokens on"
+        return "layers", f"asked for; from {PREFILL_FROM_TOKENS} tokens on, expanded by {expanded}"
     if machine.integers.unit == "":
         return "decoder", machine.integers.reason
     why, spare = machine.integers.reason, machine.available_bytes
@@ -218,5 +222,6 @@ def _prefill(
             f"{spare / 1e9:.1f} GB of memory are available"
         )
     if "layer" in manifest.parts:
-        return "layers", f"{why}; prompts from {LAYERS_FROM_TOKENS} tokens on"
+        shortest = LAYERS_FROM_TOKENS[machine.compiled]
+        return "layers", f"{why}; prompts from {shortest} tokens on, expanded by {expanded}"
     return "decoder", why

@@ -47,11 +47,12 @@ make_venv() {
   PATH=$VENV/bin:$PATH
 }
 
-# What an installation depends on: the project's metadata, where it lies, the interpreter.
+# What an installation depends on: the project's metadata, what is compiled, where it lies, the interpreter.
 fingerprint() {
   (cd "$ROOT" && "$VENV_PYTHON" - <<'PYTHON_END'
 import hashlib, os, pathlib, sys
-parts = (pathlib.Path("pyproject.toml").read_bytes(), os.getcwd().encode(), sys.version.encode())
+files = [pathlib.Path("pyproject.toml"), *sorted(pathlib.Path("runtime").rglob("*.c"))]
+parts = (*(file.read_bytes() for file in files), os.getcwd().encode(), sys.version.encode())
 print(hashlib.sha256(b"\0".join(parts)).hexdigest())
 PYTHON_END
   )

@@ -41,8 +41,9 @@ def machine(
     integers: Integers = GOOD,
     is_prepared: bool = False,
     room: str = "",
+    compiled: bool = True,
 ) -> Machine:
-    return Machine(available, integers, lambda part: is_prepared, lambda part: room)
+    return Machine(available, integers, lambda part: is_prepared, lambda part: room, compiled)
 
 
 def large(bundle: Bundle, *, integer: bool = False, prefill: bool = True) -> Bundle:
@@ -123,6 +124,16 @@ def test_which_graph_reads_prompts(bundle: Bundle, given: Machine, asked: str, p
 
     assert plan.prefill == prefill
     assert plan.prefill_reason
+
+
+@pytest.mark.parametrize(("compiled", "shortest", "by"), [(True, 128, "compiled"), (False, 320, "numpy")])
+def test_shorter_prompts_go_layer_by_layer_where_the_expansion_is_compiled(
+    bundle: Bundle, compiled: bool, shortest: int, by: str
+) -> None:
+    plan = plan_model(large(bundle, prefill=False), SessionOptions(), machine(compiled=compiled))
+
+    assert plan.by_decoder(shortest - 1) and not plan.by_decoder(shortest)
+    assert by in plan.prefill_reason
 
 
 def test_prefill_by_integers_is_refused_where_there_is_none(bundle: Bundle) -> None:

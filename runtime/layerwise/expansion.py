@@ -1,70 +1,56 @@
 """Turns block-quantized weights into 8-bit integers with one scale per channel, for a CPU's int8 units.
 
-In: a matrix as the bundle stores it for MatMulNBits (docs/bundle.md, "Quantized layout"). Out: int8 (K, N),
-the right side of MatMulInteger, and float32 scales (N). Knows nothing of layers and graphs.
+In: a matrix as the bundle stores it for MatMulNBits. Out: int8 (K, N), the right side of MatMulInteger, and
+float32 scales (N). Knows nothing of layers and graphs.
 
-A stored weight is (q - z) s, with a scale s per block. As 8-bit integers of one scale c per channel it is
-w = round((q - z) s / c), and c is the least that keeps every possible q within 127. Block scales enter as
-multiples of c / 256, so that the whole is 16-bit arithmetic: (q - z) R + 128 >> 8 with R = round(256 s / c).
-The rounding is that of 8 bits, a small part of what 4 bits lost before.
-
-It is fast in numpy because everything happens in tiles that stay in a core's cache; because the transposition
-moves eight bytes at a time; and because bytes are never widened or narrowed: after the transposition two
-channels lie side by side, so a 16-bit lane holds a byte of each. The even channel's result is the high byte
-of its lane, moved down, the odd one's the high byte where it is, and both together are the two bytes to be
-stored.
+The work is done by a few compiled loops (`_expansion.c`), or, where the package was installed without a C
+compiler, by numpy (`tiles`), which gives the same integers and takes longer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from concurrent.futures import Executor
-from dataclasses import dataclass
-from typing import Any
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-TILE_ROWS = 1024
-"""Channels at once: what numpy's innermost loops run over."""
-TILE_BYTES = 512
-"""Stored bytes of a channel at once: half a megabyte, which fits a core's cache beside two tiles of lanes.
-Smaller ones are no faster on one thread, and on two they take the interpreter's lock from each other."""
-_ONE = 256
-"""Block scales are multiples of the channel's scale divided by this."""
+from . import tiles
+from .blocks import Blocks
+
+try:
+    from . import _expansion
+except ImportError:  # no compiler when the package was installed
+    _expansion = None  # type: ignore[assignment]
+
+COMPILED = _expansion is not None
+"""Whether the compiled loops are there."""
 
 
-@dataclass(frozen=True, eq=False)
-class Blocks:
-    """A matrix of N channels and K inputs in block format, as it lies in a bundle.
+class ExpandTile(Protocol):
+    """What both are."""
 
-    Attributes:
-        data: (N, blocks, block bytes) uint8.
-        scales: (N, blocks) float32.
-        zero_points: (N, bytes) uint8, or None for symmetric formats.
-        columns: K; the last block may be padded.
-        bits: 4 or 8, of a stored field.
-    """
-
-    data: NDArray[np.uint8]
-    scales: NDArray[np.float32]
-    zero_points: NDArray[np.uint8] | None
-    columns: int
-    bits: int
-
-    @property
-    def rows(self) -> int:
-        """N."""
-        return int(self.data.shape[0])
-
-    @property
-    def block_size(self) -> int:
-        """Weights per scale."""
-        return int(self.data.shape[2]) * 8 // self.bits
+    def __call__(
+        self,
+        data: NDArray[np.uint8],
+        scales: NDArray[np.float32],
+        zero_points: NDArray[np.uint8] | None,
+        weights: NDArray[np.int8],
+        channel_scales: NDArray[np.float32],
+        bits: int,
+        /,
+    ) -> None:
+        """Expand a tile of channels; see `tiles.expand_tile`."""
 
 
 def expand(
-    blocks: Blocks, weights: NDArray[np.int8], scales: NDArray[np.float32], pool: Executor, tasks: int
+    blocks: Blocks,
+    weights: NDArray[np.int8],
+    scales: NDArray[np.float32],
+    pool: Executor,
+    tasks: int,
+    *,
+    compiled: bool = COMPILED,
 ) -> None:
     """Expand a matrix.
 
@@ -72,13 +58,14 @@ def expand(
         blocks: what to expand.
         weights: (K, N), written.
         scales: (N,), written: the float weight is `weights * scales`.
-        pool: threads; numpy lets go of the interpreter inside.
+        pool: threads; both kinds let go of the interpreter.
         tasks: pieces of work, as a rule the number of threads.
+        compiled: by the compiled loops, which must be there; else by numpy.
     """
-    tiles = -(-blocks.rows // TILE_ROWS)
-    step = TILE_ROWS * -(-tiles // tasks)
+    expand_tile: ExpandTile = _expansion.expand_tile if compiled else tiles.expand_tile
+    step = tiles.TILE_ROWS * -(-blocks.rows // (tiles.TILE_ROWS * tasks))
     work = [
-        pool.submit(_expand_rows, blocks, weights, scales, start, min(start + step, blocks.rows))
+        pool.submit(_expand_rows, expand_tile, blocks, weights, scales, start, min(start + step, blocks.rows))
         for start in range(0, blocks.rows, step)
     ]
     for piece in work:
@@ -86,123 +73,14 @@ def expand(
 
 
 def _expand_rows(
-    blocks: Blocks, weights: NDArray[np.int8], scales: NDArray[np.float32], start: int, stop: int
+    expand_tile: ExpandTile,
+    blocks: Blocks,
+    weights: NDArray[np.int8],
+    scales: NDArray[np.float32],
+    start: int,
+    stop: int,
 ) -> None:
-    count, size = blocks.data.shape[1:]
-    step = max(1, TILE_BYTES // size)
-    turned = np.zeros((step * size, TILE_ROWS), np.uint8)
-    lanes = np.empty((2, step, size, TILE_ROWS // 2), np.uint16)
-    for row in range(start, stop, TILE_ROWS):
-        rows = slice(row, min(row + TILE_ROWS, stop))
-        channels = rows.stop - row
-        pairs = -(-channels // 2)
-        factors, offsets, scales[rows] = _factors(blocks, rows)
-        even, odd = ((_lane(factors, side, pairs), _lane(offsets, side, pairs)) for side in (0, 1))
-        for first in range(0, count, step):
-            part = slice(first, min(first + step, count))
-            data = blocks.data[rows, part].reshape(channels, -1)
-            transpose_bytes(data, turned[: data.shape[1], :channels])  # before the fields are taken apart
-            packed = turned[: data.shape[1], : 2 * pairs].view(np.uint16).reshape(-1, size, pairs)
-            low, high = lanes[:, : len(packed), :, :pairs]
-            target = weights[first * blocks.block_size : part.stop * blocks.block_size, rows]
-            for field, (low_field, high_field) in enumerate(_FIELDS[blocks.bits]):
-                low_field(packed, low)
-                _weigh(low, even, part)
-                np.right_shift(low, 8, out=low)
-                high_field(packed, high)
-                _weigh(high, odd, part)
-                np.bitwise_and(high, 0xFF00, out=high)
-                place = target[field :: 8 // blocks.bits]
-                _store(low.reshape(-1, pairs)[: len(place)], high.reshape(-1, pairs)[: len(place)], place)
-
-
-def _weigh(lanes: NDArray[np.uint16], terms: tuple[NDArray[np.uint16], ...], part: slice) -> None:
-    """256 times the weights, in place; negative ones in two's complement."""
-    factors, offsets = terms
-    np.multiply(lanes, factors[part], out=lanes)
-    np.add(lanes, offsets[part], out=lanes)
-
-
-def _store(low: NDArray[np.uint16], high: NDArray[np.uint16], place: NDArray[np.int8]) -> None:
-    """Put pairs of bytes together; a last pair may have one byte only."""
-    if place.shape[1] == 2 * low.shape[1] and place.strides[0] % 2 == 0:
-        np.bitwise_or(low, high, out=place.view(np.uint16))
-    else:
-        place[:] = np.bitwise_or(low, high).view(np.int8)[:, : place.shape[1]]
-
-
-def _lane(terms: NDArray[np.int16], side: int, pairs: int) -> NDArray[np.uint16]:
-    """(blocks, 1, pairs): those of every second channel, from `side` on; 0 for one that is not there."""
-    own = np.zeros((len(terms), 1, pairs), np.uint16)
-    chosen = terms[:, side::2]
-    own[:, 0, : chosen.shape[1]] = chosen.view(np.uint16)
-    return own
-
-
-_Taker = Callable[[NDArray[np.uint16], NDArray[np.uint16]], Any]
-"""Takes a field out of pairs of bytes, into lanes."""
-
-
-def _bits(shift: int, mask: int) -> _Taker:
-    """The field `shift` bits up; a mask of 0 says that nothing is above it."""
-
-    def take(pairs: NDArray[np.uint16], lanes: NDArray[np.uint16]) -> None:
-        if shift:
-            np.right_shift(pairs, shift, out=lanes)
-            pairs = lanes
-        if mask:
-            np.bitwise_and(pairs, mask, out=lanes)
-
-    return take
-
-
-_FIELDS: dict[int, tuple[tuple[_Taker, _Taker], ...]] = {
-    4: ((_bits(0, 15), _bits(8, 15)), (_bits(4, 15), _bits(12, 0))),  # the earlier weight is in the low half
-    8: ((_bits(0, 255), _bits(8, 0)),),
-}
-"""By bits of a stored field: for every field of a byte, how it is taken from even and from odd channels."""
-
-
-def _zero_points(blocks: Blocks, rows: slice) -> NDArray[np.int16]:
-    """(n, blocks)."""
-    count = blocks.data.shape[1]
-    if blocks.zero_points is None:
-        return np.full((rows.stop - rows.start, count), 1 << (blocks.bits - 1), np.int16)
-    packed = blocks.zero_points[rows]
-    if blocks.bits == 8:
-        return packed[:, :count].astype(np.int16)
-    zeros = np.empty((len(packed), 2 * packed.shape[1]), np.int16)
-    zeros[:, 0::2], zeros[:, 1::2] = packed & 15, packed >> 4
-    return zeros[:, :count]
-
-
-def _factors(blocks: Blocks, rows: slice) -> tuple[NDArray[np.int16], NDArray[np.int16], NDArray[np.float32]]:
-    """R and 128 - z R, (blocks, n) each, and the channels' scales (n,); a channel of zeros has the scale 0.
-
-    q R alone may leave 16 bits; the sum is within them, and integers of numpy wrap around.
-    """
-    zeros = _zero_points(blocks, rows).T
-    scales = blocks.scales[rows].T.astype(np.float32)
-    reach = np.maximum(zeros, (1 << blocks.bits) - 1 - zeros)  # the largest |q - z| that can be
-    channel: NDArray[np.float32] = (np.abs(scales) * reach).max(axis=0) / np.float32(127)
-    safe = np.where(channel > 0, channel, np.float32(1))
-    limit = (127 * _ONE + _ONE // 2 - 1) // reach  # rounding up must not leave 8 bits
-    factors = np.clip(np.rint(scales / safe * _ONE), -limit, limit).astype(np.int16)
-    return factors, _ONE // 2 - zeros * factors, channel
-
-
-def transpose_bytes(source: NDArray[np.uint8], target: NDArray[np.uint8]) -> None:
-    """Make target (K, n) the transpose of source (n, K); both contiguous along their last axis.
-
-    Eight rows are woven into one row of 64-bit integers, and these change places; byte by byte it takes four
-    times as long.
-    """
-    whole = len(source) // 8 * 8
-    if whole:
-        # A stride that is a power of two would put a whole column into a few lines of the cache.
-        woven = np.empty((whole // 8, source.shape[1] + 8, 8), np.uint8)[:, : source.shape[1]]
-        for row in range(8):
-            woven[:, :, row] = source[row:whole:8]
-        np.copyto(target[:, :whole].view(np.uint64), woven.view(np.uint64)[:, :, 0].T)
-    if whole < len(source):
-        target[:, whole:] = source[whole:].T
+    for row in range(start, stop, tiles.TILE_ROWS):
+        rows = slice(row, min(row + tiles.TILE_ROWS, stop))
+        tile = blocks.channels(rows)
+        expand_tile(tile.data, tile.scales, tile.zero_points, weights[:, rows], scales[rows], tile.bits)

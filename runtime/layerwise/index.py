@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from autoglm_edge.errors import BundleError
 
-from .expansion import Blocks
+from .blocks import Blocks
 
 
 @dataclass(frozen=True)
