@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 if TYPE_CHECKING:
     from .plan import ModelPlan
 
 FinishReason = Literal["stop", "length", "cancelled"]
+_Stage = Literal["image", "reuse", "prefill", "waiting", "answer"]
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,8 @@ class Timings:
 
     Attributes:
         image_ms: reading and encoding the images.
-        prefill_ms: running the prompt, but what was reused of it.
-        decode_ms: all tokens after the first.
+        prefill_ms: running the prompt, but what was reused of it; its own turns, not those of others between.
+        decode_ms: all tokens after the first, turns of others included.
         ttft_ms: from the call to the first token.
         prompt_tokens: tokens that were prefilled: those of the prompt but the reused ones.
         decoded_tokens: tokens that decode_ms covers.
@@ -47,6 +48,7 @@ class Timings:
         drafted_tokens: tokens of the answer that were run before they were sampled.
         accepted_tokens: those of them that were sampled then.
         decoder_runs: runs after the prompt; without drafts one per token.
+        waiting_ms: before the first token, while others had their turns.
         plan: how the graphs were opened; None where nobody said.
     """
 
@@ -63,6 +65,7 @@ class Timings:
     drafted_tokens: int = 0
     accepted_tokens: int = 0
     decoder_runs: int = 0
+    waiting_ms: float = 0.0
     plan: ModelPlan | None = None
 
     @property
@@ -96,7 +99,10 @@ class Delta:
 
 
 class Clock:
-    """Moments and counts of one answer; it starts when it is made.
+    """Time and counts of one answer; it starts when it is made.
+
+    Up to the first token all time goes to one stage or another, in order: pictures, with what is looked up
+    between, and the prompt. Where others have their turns, it goes to none of them.
 
     Attributes:
         drafted_tokens: as in Timings.
@@ -108,31 +114,46 @@ class Clock:
     def __init__(self) -> None:
         self.drafted_tokens = self.accepted_tokens = self.decoder_runs = self.reused_tokens = 0
         self._encoded = self._cached = 0
-        self._reuse_ms = 0.0
+        self._ms = dict.fromkeys(get_args(_Stage), 0.0)
+        self._stage: _Stage = "image"
+        self._after: _Stage = "image"  # reuse or waiting
         now = time.perf_counter()
-        self._started = self._images = self._prefill = self._first = self._last = now
+        self._started = self._since = self._first = self._last = now
+
+    def waits(self) -> None:
+        """Others have their turns from now on."""
+        self._enter("waiting")
+
+    def goes_on(self) -> None:
+        """It has its turn."""
+        self._turn_to(self._after)
 
     def reuse_begins(self) -> None:
-        """The prompt is laid out."""
-        self._reuse_ms = -1e3 * time.perf_counter()
+        """It is looked for what is known of the prompt."""
+        self._enter("reuse")
 
     def reuse_done(self, tokens: int) -> None:
-        """So many tokens of the prompt are in the cache."""
-        self._reuse_ms += 1e3 * time.perf_counter()
-        self.reused_tokens = tokens
+        """So many more tokens of the prompt are in the cache."""
+        self.reused_tokens += tokens
+        self._turn_to(self._after)
 
     def image_done(self, *, cached: bool) -> None:
         """A picture is encoded, or need not be."""
         self._cached += cached
         self._encoded += not cached
 
+    def encoded_beside(self, milliseconds: float) -> None:
+        """A picture was encoded while others had their turns: it was not waiting all of that time."""
+        self._ms["waiting"] -= milliseconds
+        self._ms["image"] += milliseconds
+
     def images_done(self) -> None:
         """All images are encoded, or there are none."""
-        self._images = time.perf_counter()
+        self._turn_to("prefill")
 
     def prefill_done(self) -> None:
         """The prompt is in the cache."""
-        self._prefill = time.perf_counter()
+        self._turn_to("answer")
 
     def token_done(self, count: int) -> None:
         """The token of that number, from 1, is sampled."""
@@ -141,20 +162,33 @@ class Clock:
             self._first = self._last
 
     def timings(self, prompt_tokens: int, sampled: int, plan: ModelPlan | None = None) -> Timings:
-        """The times between those moments; what never came took 0 ms."""
+        """Where the time went so far; what never came took 0 ms."""
+        self._turn_to(self._stage)
         return Timings(
-            image_ms=max(0.0, 1e3 * (self._images - self._started) - self._reuse_ms),
-            prefill_ms=max(0.0, 1e3 * (self._prefill - self._images)),
+            image_ms=self._ms["image"],
+            prefill_ms=self._ms["prefill"],
             decode_ms=1e3 * (self._last - self._first),
             ttft_ms=1e3 * (self._first - self._started),
             prompt_tokens=prompt_tokens - self.reused_tokens,
             decoded_tokens=max(0, sampled - 1),
-            reuse_ms=self._reuse_ms,
+            reuse_ms=self._ms["reuse"],
             reused_tokens=self.reused_tokens,
             encoded_images=self._encoded,
             cached_images=self._cached,
             drafted_tokens=self.drafted_tokens,
             accepted_tokens=self.accepted_tokens,
             decoder_runs=self.decoder_runs,
+            waiting_ms=max(0.0, self._ms["waiting"]),
             plan=plan,
         )
+
+    def _enter(self, stage: _Stage) -> None:
+        """Go to a stage that is left for the one before it."""
+        if self._stage not in ("reuse", "waiting"):
+            self._after = self._stage
+        self._turn_to(stage)
+
+    def _turn_to(self, stage: _Stage) -> None:
+        now = time.perf_counter()
+        self._ms[self._stage] += 1e3 * (now - self._since)
+        self._stage, self._since = stage, now

@@ -18,36 +18,30 @@ from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
-
-from autoglm_edge.errors import ContextLengthError, RequestError
 
 from .answer import Clock, Delta
-from .batch.batch import Batch, Job
+from .batch.batch import Batch
+from .batch.job import Job
 from .bundle import Bundle
-from .checks import check_concurrency, check_context, check_ids, check_max_tokens, is_whole
-from .generation import Cancel
+from .checks import check_concurrency, check_context, check_max_tokens
+from .claim import Claim
+from .conversations import Conversations
 from .grammar import ANY_OBJECT, Grammar, Grammars
 from .machine.prepared import Tell
 from .model import Model
 from .plan import ModelPlan
-from .prompt.build import Prompt, build_prompt, prompt_from_ids, prompt_ids
+from .prompt.build import Prompt
 from .prompt.image import PatchedImage
-from .prompt.messages import read_messages
-from .prompt.template import IMAGE_LAYOUTS, ChatTemplate, ImageLayout
-from .prompt.tokenizer import Tokenizer
+from .prompt.template import ImageLayout
 from .reuse.options import ReuseOptions
 from .reuse.pace import BLOCK_COSTS, INTEGER_COSTS, Pace
 from .runner import make_runner
-from .sampling import Sampler, SamplingParams
+from .sampling import SamplingParams
+from .scores import Picture, Scorer
 from .session import Device, Prefill, SessionOptions, Weights
-from .stops import StopText, read_stops
 
 DEFAULT_CONTEXT = 25480
 """Tokens held unless asked otherwise: what the reference deployment of the phone agent serves."""
-GUARD_STOPS = ("</answer>",)
-"""Never part of an answer: agents parse what stands before it, and a trailing one breaks their parser. An
-answer that is held to JSON may spell it out in a string; it ends by itself."""
 
 
 class Engine:
@@ -97,19 +91,11 @@ class Engine:
         self.bundle = bundle
         check_context(context, limit)
         self.context = min(limit, DEFAULT_CONTEXT) if context is None else int(context)
-        if image_layout not in IMAGE_LAYOUTS:
-            raise RequestError(f"image_layout is {image_layout!r}, must be one of {', '.join(IMAGE_LAYOUTS)}")
-        if max_image_tokens is not None and not is_whole(max_image_tokens):
-            raise RequestError(f"max_image_tokens is {max_image_tokens!r}, must be an integer")
-        if max_image_tokens is not None and max_image_tokens >= manifest.image.max_tokens:
-            max_image_tokens = None
+        self._conversations = Conversations.of(bundle, image_layout, max_image_tokens)
         self.image_layout: ImageLayout = image_layout
-        self.image = (
-            manifest.image if max_image_tokens is None else manifest.image.with_max_tokens(max_image_tokens)
-        )
-        self.tokenizer = Tokenizer.from_folder(bundle.path)
-        check_ids(bundle, self.tokenizer)
-        self.template = ChatTemplate.from_folder(bundle.path)
+        self.image = self._conversations.image
+        self.tokenizer = self._conversations.tokenizer
+        self.template = self._conversations.template
         self.reuse = reuse or ReuseOptions()
         check_concurrency(concurrency)
         self.concurrency = int(concurrency)
@@ -123,7 +109,8 @@ class Engine:
             pace=Pace(INTEGER_COSTS if manifest.parts["decoder"].integer else BLOCK_COSTS),
             lookup=self.reuse.lookup,
         )
-        self._busy = threading.Lock()
+        self._claim = Claim()
+        self._scorer = Scorer(self._runner, manifest, self.image, self.context, self._claim)
         self._grammars = Grammars(self.tokenizer, manifest.tokens.eos)
 
     @classmethod
@@ -209,28 +196,13 @@ class Engine:
             RequestError: a message or an image is wrong.
             ContextLengthError: no room for `max_tokens` more; known before an image is resized.
         """
-        return build_prompt(
-            read_messages(messages),
-            tokenizer=self.tokenizer,
-            template=self.template,
-            image=self.image,
-            tokens=self.bundle.manifest.tokens,
-            image_layout=self.image_layout,
-            variables=variables,
-            context=self.context,
-            max_tokens=max_tokens,
+        return self._conversations.prompt(
+            messages, context=self.context, max_tokens=max_tokens, variables=variables
         )
 
     def tokenize(self, messages: Sequence[Mapping[str, Any]]) -> NDArray[np.int64]:
         """Token ids (T,) of a conversation, image placeholders expanded, up to where the answer begins."""
-        return prompt_ids(
-            read_messages(messages),
-            tokenizer=self.tokenizer,
-            template=self.template,
-            image=self.image,
-            tokens=self.bundle.manifest.tokens,
-            image_layout=self.image_layout,
-        )
+        return self._conversations.ids(messages)
 
     def chat(
         self,
@@ -339,18 +311,15 @@ class Engine:
         Args and errors are those of `answer`.
         """
         self._check_open()
-        check_max_tokens(max_tokens)
-        if cancel is not None and not callable(getattr(cancel, "is_set", None)):
-            raise RequestError(f"cancel is {cancel!r}, must be an event such as threading.Event()")
-        if len(prompt.ids) + (max_tokens or 1) > self.context:
-            raise ContextLengthError(len(prompt.ids), max_tokens or 1, self.context)
-        return Job(
+        return Job.check(
             prompt,
-            Sampler(params, vocab=self.tokenizer.vocab_size, prompt_ids=prompt.ids),
-            StopText((*(() if params.grammar else GUARD_STOPS), *read_stops(stop))),
-            max_tokens or self.context - len(prompt.ids),
-            Cancel(cancel),
-            clock or Clock(),
+            params,
+            max_tokens=max_tokens,
+            stop=stop,
+            cancel=cancel,
+            clock=clock,
+            vocab=self.tokenizer.vocab_size,
+            context=self.context,
         )
 
     @contextmanager
@@ -365,7 +334,7 @@ class Engine:
         Raises:
             RequestError: the engine is giving another answer.
         """
-        with self._claim():
+        with self._claim.take():
             try:
                 yield self._batch
             finally:
@@ -389,7 +358,7 @@ class Engine:
     def score(
         self,
         input_ids: Sequence[int] | NDArray[np.int64],
-        images: Sequence[Image.Image | bytes | str | Path] = (),
+        images: Sequence[Picture] = (),
     ) -> NDArray[np.float32]:
         """Logits (T, V) of every position of a given sequence.
 
@@ -406,7 +375,7 @@ class Engine:
     def score_chunks(
         self,
         input_ids: Sequence[int] | NDArray[np.int64],
-        images: Sequence[Image.Image | bytes | str | Path] = (),
+        images: Sequence[Picture] = (),
         *,
         start: int = 0,
     ) -> Iterator[NDArray[np.float32]]:
@@ -430,28 +399,11 @@ class Engine:
             ContextLengthError: the sequence does not fit.
         """
         self._check_open()
-        prompt = prompt_from_ids(input_ids, images, image=self.image, tokens=self.bundle.manifest.tokens)
-        vocab = self.bundle.manifest.geometry.vocab
-        if not 0 <= prompt.ids.min() <= prompt.ids.max() < vocab:
-            raise RequestError(
-                f"input_ids range from {prompt.ids.min()} to {prompt.ids.max()}, "
-                f"the model knows 0 to {vocab - 1}"
-            )
-        if len(prompt.ids) > self.context:
-            raise ContextLengthError(len(prompt.ids), 0, self.context)
-        if not (is_whole(start) and 0 <= start < len(prompt.ids)):
-            raise RequestError(f"start is {start!r}, must be one of the {len(prompt.ids)} tokens, from 0")
-        return self._score(prompt, int(start))
+        return self._scorer.chunks(input_ids, images, start)
 
     def encode_image(self, image: PatchedImage) -> NDArray[np.float32]:
         """Vision features (N, C) of one image, as the decoder gets them."""
         return self._runner.encode_image(image).astype(np.float32, copy=False)
-
-    def _score(self, prompt: Prompt, start: int = 0) -> Iterator[NDArray[np.float32]]:
-        with self._claim():
-            yield from self._runner.run(
-                prompt, start, cancelled=Cancel(None).is_set, clock=Clock(), reuse=False
-            )
 
     def _answer(self, job: Job) -> Iterator[Delta]:
         """A batch of one. The last delta carries the counts."""
@@ -466,15 +418,3 @@ class Engine:
     def _check_open(self) -> None:
         """Raises RequestError if the engine is closed."""
         _ = self._runner.model
-
-    @contextmanager
-    def _claim(self) -> Iterator[None]:
-        """Hold the cache for one sequence."""
-        if not self._busy.acquire(blocking=False):
-            raise RequestError(
-                "this engine is giving another answer; finish or close that one, or load a second engine"
-            )
-        try:
-            yield
-        finally:
-            self._busy.release()

@@ -1,7 +1,7 @@
 """Runs prompts and sampled tokens through the graphs, and does not compute again what it has.
 
-    prompt ─ keys ─ shared with the cache? saved? ─ pictures not yet encoded ─ prefill in chunks ─ scores
-    sampled ids ─────────────────────────────────────────────────────────────── decoder ─────── scores
+    prompt ─ Reading (reading.py): what is known, pictures, prefill in pieces ─ scores
+    sampled ids ─────────────────────────────────────────────────── decoder ─ scores
 
 In: prompts, ids. Out: logits. The sequences in the KV cache are its own. Knows nothing of text, sampling or
 stop strings.
@@ -12,8 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 
 import numpy as np
 import onnxruntime as ort
@@ -26,46 +24,16 @@ from .batch.slots import Slots
 from .bundle import Bundle
 from .manifest import TokenSpec
 from .model import Model
-from .plan import PREFILL_CHUNK, PREFILL_FROM_TOKENS, ModelPlan
+from .pictures import Pictures
+from .plan import ModelPlan
 from .prompt.build import Prompt
 from .prompt.image import PatchedImage
+from .reading import Reading, Scores
 from .reuse.features import FeatureCache
 from .reuse.options import ReuseOptions
-from .reuse.prefix import BLOCK_TOKENS, PrefixStore
+from .reuse.prefix import PrefixStore
 from .reuse.prefix_folder import BlockFolder
-from .reuse.sequence import (
-    DECODER,
-    LAYERS,
-    PREFILL,
-    CachedSequence,
-    Keys,
-    image_digest,
-    prompt_keys,
-    stable_length,
-    text_keys,
-)
-
-SCORE_CHUNK = 64
-"""Tokens per run when every position is scored: V floats each."""
-
-SHARED_CHUNK = 128
-"""Tokens per run of a prompt while others wait for their next token, which is a multiple of a block."""
-
-Scores = NDArray[np.float32]
-
-
-@dataclass(frozen=True, eq=False)
-class Reading:
-    """A prompt on its way into the cache.
-
-    Attributes:
-        sequence: that it becomes; taken until it is released.
-        scores: logits (t, V) of the scored tokens, in order; t is 0 where a piece of work gave none. It takes
-            a break after each piece, in which other sequences may be run. Fewer rows if cancelled.
-    """
-
-    sequence: CachedSequence
-    scores: Iterator[Scores]
+from .reuse.sequence import CachedSequence, text_keys
 
 
 class Runner:
@@ -73,6 +41,8 @@ class Runner:
 
     Attributes:
         prefix: whether a prompt begins after the tokens that are already known.
+        tokens: special ids.
+        pictures: features of pictures, kept and on their way.
     """
 
     def __init__(
@@ -101,10 +71,10 @@ class Runner:
             DeviceError: there is not enough memory.
         """
         self.prefix = prefix
-        self._tokens = tokens
+        self.tokens = tokens
+        self.pictures = Pictures(features)
         self._model: Model | None = model
         self._slots: Slots | None = Slots(model.new_slots(context, count), store if prefix else None)
-        self._features = features or FeatureCache(0)
 
     @property
     def model(self) -> Model:
@@ -149,7 +119,7 @@ class Runner:
     def close(self) -> None:
         """Free graphs, cache and all that was kept in memory."""
         self._model = self._slots = None
-        self._features = FeatureCache(0)
+        self.pictures.close()
 
     def run(
         self,
@@ -160,44 +130,17 @@ class Runner:
         clock: Clock,
         reuse: bool = True,
     ) -> Iterator[Scores]:
-        """Read a prompt without a break; arguments as for `read`.
+        """Read a prompt without a break; arguments as for `Reading`.
 
         Returns:
             Logits (t, V) of the scored tokens, in order; fewer rows if cancelled.
         """
-        reading = self.read(prompt, scored_from, cancelled=cancelled, clock=clock, reuse=reuse)
+        reading = Reading(self, prompt, scored_from, cancelled=cancelled, clock=clock, reuse=reuse)
         try:
-            yield from (rows for rows in reading.scores if len(rows))
+            yield from (rows for rows in reading.pieces if len(rows))
         finally:
+            reading.close()
             self.release(reading.sequence)
-
-    def read(
-        self,
-        prompt: Prompt,
-        scored_from: int,
-        *,
-        cancelled: Callable[[], bool],
-        clock: Clock,
-        reuse: bool = True,
-        others: Callable[[], bool] = lambda: False,
-    ) -> Reading:
-        """Begin to bring a prompt into the cache and to score its end; there must be a free slot.
-
-        Args:
-            prompt: what to run; it fits the context.
-            scored_from: first token that is scored, at most the last one. All before are prefilled.
-            cancelled: checked before each picture and each run; what is done until then stays in the cache.
-            clock: told of what is reused, encoded and prefilled.
-            reuse: False computes every token, whatever is known.
-            others: whether other sequences wait for their turn; pieces are short then.
-        """
-        clock.reuse_begins()
-        digests = [image_digest(image) for image in prompt.images]
-        graph, _ = self._prefill_graph(scored_from)
-        keys = prompt_keys(prompt, self._tokens.image, digests, graph=graph, decoded_from=scored_from)
-        sequence = self.slots.take(keys)
-        scores = self._scores(prompt, scored_from, sequence, keys, digests, cancelled, clock, reuse, others)
-        return Reading(sequence, scores)
 
     def release(self, sequence: CachedSequence, *, persist: bool = False) -> None:
         """The answer in a sequence has ended; it may be worth to be kept beyond this process."""
@@ -244,116 +187,6 @@ class Runner:
         """Features (N, C) of a picture, from the graph."""
         return self.model.encode_image(image)
 
-    def _scores(
-        self,
-        prompt: Prompt,
-        scored_from: int,
-        sequence: CachedSequence,
-        keys: Keys,
-        digests: Sequence[bytes],
-        cancelled: Callable[[], bool],
-        clock: Clock,
-        reuse: bool,
-        others: Callable[[], bool],
-    ) -> Iterator[Scores]:
-        none = np.zeros((0, 0), np.float32)
-        graph, least = self._prefill_graph(scored_from)
-        start = 0
-        if not cancelled():
-            start = self.slots.begin(sequence, keys, scored_from - least, reuse=reuse and self.prefix)
-            sequence.stable = min(stable_length(prompt.ids, self._tokens), scored_from)
-        clock.reuse_done(start)
-        features: list[NDArray[np.floating]] = []
-        for image, digest, skipped in self._pictures(prompt, digests, start, clock):
-            if cancelled():
-                break
-            found = self._features.get(digest)
-            clock.image_done(cached=found is not None)
-            if found is None:
-                for encoded in self._encode(image, others):
-                    if encoded is None:
-                        yield none
-                    else:
-                        found = encoded
-                assert found is not None
-                self._features.put(digest, found)
-            features.append(found[skipped:])
-        clock.images_done()
-        if cancelled():
-            return
-        shown = np.concatenate(features) if features else none
-        begin = start
-        while begin < scored_from:
-            chunk = PREFILL_CHUNK if graph == DECODER else self.plan.prefill_chunk
-            if graph != LAYERS and others():
-                chunk = min(chunk, max(SHARED_CHUNK, least))
-            end = next(_chunks(begin, scored_from, chunk, least))[1]
-            embeds, positions = self._embed(prompt, shown, begin, end), prompt.positions[:, begin:end]
-            sequence.announce(keys[begin:end])
-            if cancelled():
-                return
-            for _ in self.model.prefill_pieces(
-                embeds, positions, sequence.cache, by_decoder=graph == DECODER
-            ):
-                yield none
-                if cancelled():
-                    return
-            yield none
-            begin = end
-        for begin, end in _chunks(scored_from, len(prompt.ids), SCORE_CHUNK):
-            if cancelled():
-                return
-            embeds = self._embed(prompt, shown, begin, end)
-            sequence.announce(keys[begin:end])
-            positions = prompt.positions[:, begin:end]
-            yield self.model.forward(embeds, positions, sequence.cache, end - begin)
-
-    def _encode(
-        self, image: PatchedImage, others: Callable[[], bool]
-    ) -> Iterator[NDArray[np.floating] | None]:
-        """Features of a picture; None as long as it takes and others can go on."""
-        if not others():
-            yield self.encode_image(image)
-            return
-        with ThreadPoolExecutor(1, "picture") as pool:
-            work = pool.submit(self.encode_image, image)
-            while others() and not work.done():
-                yield None
-            yield work.result()
-
-    def _pictures(
-        self, prompt: Prompt, digests: Sequence[bytes], start: int, clock: Clock
-    ) -> Iterator[tuple[PatchedImage, bytes, int]]:
-        """Pictures whose features the tokens from `start` on need, and how many of their rows they do not."""
-        before = int((prompt.ids[:start] == self._tokens.image).sum())
-        for image, digest in zip(prompt.images, digests, strict=True):
-            if before >= image.tokens:  # its keys and values are there, nobody reads its features
-                before -= image.tokens
-                clock.image_done(cached=True)
-                continue
-            yield image, digest, before
-            before = 0
-
-    def _prefill_graph(self, tokens: int) -> tuple[int, int]:
-        """The graph that prefills a prompt of so many tokens, and the fewest of a run that it takes.
-
-        Which graph computes a token must not depend on what was known before it, or a warm answer would be
-        another one than a cold one. So at least that many tokens are left to compute, and in each piece.
-        """
-        plan = self.plan
-        if plan.by_decoder(tokens):
-            return DECODER, 0
-        return (LAYERS if plan.prefill == "layers" else PREFILL), PREFILL_FROM_TOKENS
-
-    def _embed(
-        self, prompt: Prompt, features: NDArray[np.floating], begin: int, end: int
-    ) -> NDArray[np.floating]:
-        """Hidden states (1, t, C) of a part of a prompt; features (n, C) of its last placeholders."""
-        left = int((prompt.ids[begin:] == self._tokens.image).sum())
-        count = int((prompt.ids[begin:end] == self._tokens.image).sum())
-        own = features[len(features) - left :][:count] if count else None
-        return self.model.embed(prompt.ids[begin:end], own)
-
 
 def make_runner(model: Model, bundle: Bundle, context: int, reuse: ReuseOptions, count: int = 1) -> Runner:
     """A runner of `count` sequences that keeps what the options say.
@@ -393,13 +226,3 @@ def make_runner(model: Model, bundle: Bundle, context: int, reuse: ReuseOptions,
         store=make_store if saves else None,
         features=FeatureCache(reuse.image_cache_bytes),
     )
-
-
-def _chunks(start: int, stop: int, size: int, least: int = 0) -> Iterator[tuple[int, int]]:
-    """Pieces of at most `size` tokens and, if there are so many in all, at least `least`."""
-    while start < stop:
-        end = min(start + size, stop)
-        if 0 < stop - end < least:
-            end = max((stop - least) // BLOCK_TOKENS * BLOCK_TOKENS, start + 1)
-        yield start, end
-        start = end

@@ -21,7 +21,10 @@ from autoglm_edge.runtime.prompt.positions import image_positions
 
 VOCAB = 24
 LEAST = 8
-"""Tokens from which the fake model prefills with a graph of its own."""
+"""Fewest tokens that the fake model prefills with a graph of its own."""
+LAYERS_FROM = 90
+"""Tokens of the shortest prompt that it reads layer by layer."""
+LAYERS, LAYER_CHUNK = 3, 32
 TOKENS = TokenSpec(eos=(1,), pad=None, image=2, image_start=3, image_end=4)
 _MASK = (1 << 61) - 1
 
@@ -103,9 +106,12 @@ class FakeSlots:
         self.swaps = 0
 
     def swap(self, first: int, second: int) -> None:
+        """Rows that a cache does not count yet are lost, as in the real one."""
         one, two = self.caches[first], self.caches[second]
-        one.rows, two.rows = two.rows, one.rows
-        one.length, two.length = two.length, one.length
+        there, back = one.rows[:, :, :, : one.length].copy(), two.rows[:, :, :, : two.length].copy()
+        for cache, rows in ((one, back), (two, there)):
+            cache.truncate(0)
+            cache.write(0, rows)
         self.swaps += 1
 
 
@@ -120,22 +126,32 @@ def favourite(state: int, token: float) -> int:
 
 @dataclass
 class FakeModel:
-    """The interface of Model; counts what it computes, and fails when told to."""
+    """The interface of Model; counts what it computes, and fails when told to.
+
+    It reads prompts by the decoder, by an integer graph or, if they are long enough, layer by layer.
+    """
 
     integer: bool = False
+    layers: bool = False
     encoded: list[int] = field(default_factory=list)
     computed: int = 0
     runs: list[int] = field(default_factory=list)
     together: list[int] = field(default_factory=list)
     fail_after: int = -1
     caches: list[FakeCache] = field(default_factory=list)
+    expanded: int = 0
+    pieces: int = 0
+
+    @property
+    def prompt_from(self) -> int:
+        return LAYERS_FROM if self.layers else LEAST if self.integer else 10**9
 
     @property
     def plan(self) -> Any:
         return SimpleNamespace(
-            prefill="integer" if self.integer else "decoder",
-            by_decoder=lambda tokens: not self.integer or tokens < LEAST,
-            prefill_chunk=64,
+            prefill="layers" if self.layers else "integer" if self.integer else "decoder",
+            by_decoder=lambda tokens: tokens < self.prompt_from,
+            prefill_chunk=192 if self.layers else 64,
         )
 
     @property
@@ -163,10 +179,34 @@ class FakeModel:
     def prefill_pieces(
         self, embeds: np.ndarray, positions: np.ndarray, cache: FakeCache, *, by_decoder: bool
     ) -> Iterator[None]:
-        apart = self.integer and not by_decoder and embeds.shape[1] >= LEAST
-        if apart:
+        assert by_decoder or embeds.shape[1] >= LEAST
+        if by_decoder or not self.layers:
+            self.pieces += 1
+            self._run(embeds, positions, cache, int(not by_decoder))
             yield
-        self._run(embeds, positions, cache, int(apart))
+            return
+        assert not self.expanded, "the weights of a layer are there once only"
+        self.expanded += 1
+        try:
+            yield from self._layer_by_layer(embeds, positions, cache)
+        finally:
+            self.expanded -= 1
+
+    def _layer_by_layer(self, embeds: np.ndarray, positions: np.ndarray, cache: FakeCache) -> Iterator[None]:
+        start, count = cache.length, embeds.shape[1]
+        states = self._states(embeds, positions, cache, 1)
+        for layer in range(LAYERS):
+            for first in range(0, count, LAYER_CHUNK):
+                if layer or first:
+                    yield
+                self.pieces += 1
+                self._maybe_fail()
+                assert cache.length == start
+                part = states[first : first + LAYER_CHUNK]
+                cache.rows[:, :, :, start + first : start + first + len(part), 0] = part
+                if layer == LAYERS - 1:
+                    self.computed += len(part)
+        cache.length = start + count
 
     def forward_each(self, embeds: np.ndarray, positions: np.ndarray, slots: FakeSlots) -> np.ndarray:
         assert embeds.shape[1] == 1
@@ -188,16 +228,19 @@ class FakeModel:
         return scores[-keep:] if keep else scores
 
     def _run(self, embeds: np.ndarray, positions: np.ndarray, cache: FakeCache, graph: int) -> list[int]:
-        count = embeds.shape[1]
-        assert positions.shape == (3, count)
         self._maybe_fail()
+        states = self._states(embeds, positions, cache, graph)
+        cache.append(states)
+        self.computed += len(states)
+        return states
+
+    def _states(self, embeds: np.ndarray, positions: np.ndarray, cache: FakeCache, graph: int) -> list[int]:
+        assert positions.shape == (3, embeds.shape[1])
         state = int(cache.rows[0, 0, 0, cache.length - 1, 0]) if cache.length else 0
         states = []
         for token, position in zip(embeds[0, :, 0].tolist(), positions.T.tolist(), strict=True):
             state = next_state(state, token, position, graph)
             states.append(state)
-        cache.append(states)
-        self.computed += count
         return states
 
     def _maybe_fail(self) -> None:
@@ -215,15 +258,16 @@ class Cold:
     ids: list[int]
 
 
-def cold(prompt: Prompt, budget: int, *, integer: bool) -> Cold:
+def cold(prompt: Prompt, budget: int, *, integer: bool = False, layers: bool = False) -> Cold:
     """Compute an answer without model or cache."""
+    apart = len(prompt.ids) > FakeModel(integer, layers).prompt_from
     values = prompt.ids.astype(np.float64)
     if prompt.images:
         values[prompt.ids == TOKENS.image] = np.concatenate([feature(image)[:, 0] for image in prompt.images])
     states: list[int] = []
     state = 0
     for index, (value, position) in enumerate(zip(values.tolist(), prompt.positions.T.tolist(), strict=True)):
-        graph = int(integer and index < len(values) - 1 and len(values) > LEAST)
+        graph = int(apart and index < len(values) - 1)
         state = next_state(state, value, position, graph)
         states.append(state)
     ids: list[int] = []

@@ -239,7 +239,7 @@ def test_positions_go_on_after_an_image_where_the_model_expects_them(engine: Eng
 
 
 def test_a_long_prompt_is_prefilled_in_chunks(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("autoglm_edge.runtime.runner.PREFILL_CHUNK", 8)
+    monkeypatch.setattr("autoglm_edge.runtime.reading.PREFILL_CHUNK", 8)
     model = say(engine, "ok")
 
     answer(engine)
@@ -587,7 +587,7 @@ def test_whole_numbers_of_numpy_are_numbers(bundle: Path) -> None:
 def test_a_prompt_is_scored_at_its_last_position_only(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("autoglm_edge.runtime.runner.PREFILL_CHUNK", 8)
+    monkeypatch.setattr("autoglm_edge.runtime.reading.PREFILL_CHUNK", 8)
     shapes = []
     forward = engine._runner.model.forward
 

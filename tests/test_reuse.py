@@ -30,7 +30,7 @@ CONTEXT = 400
 
 @pytest.fixture(autouse=True)
 def _prefill_from(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("autoglm_edge.runtime.runner.PREFILL_FROM_TOKENS", fakes.LEAST)
+    monkeypatch.setattr("autoglm_edge.runtime.reading.PREFILL_FROM_TOKENS", fakes.LEAST)
 
 
 def make_runner(
@@ -124,7 +124,7 @@ def test_thousands_of_interleavings_leave_cache_and_answers_as_in_a_cold_run(
     integer: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Sessions by turns, errors, cancelling, restarts, damage, little memory and disk: 2 x 1200 answers."""
-    monkeypatch.setattr("autoglm_edge.runtime.runner.PREFILL_CHUNK", 32)
+    monkeypatch.setattr("autoglm_edge.runtime.reading.PREFILL_CHUNK", 32)
     rng = random.Random(integer)
     sessions = Sessions(rng)
     pace = Pace(BLOCK_COSTS)

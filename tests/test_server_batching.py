@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from server_fixtures import CHAT, Live, image_part, running
 
 from autoglm_edge.embedded import pocket_path, sample_screenshot
 from autoglm_edge.runtime.bundle import Bundle
+from autoglm_edge.runtime.model import Model
 from autoglm_edge.runtime.session import SessionOptions
 from autoglm_edge.server.work.answering import ServedEngine
 
@@ -95,6 +98,44 @@ def test_a_stream_goes_on_while_anothers_prompt_is_read(live: Live) -> None:
 
     between = order[order.index("asked") : order.index("second")]
     assert between.count("first") >= 3
+
+
+def test_a_short_request_is_answered_before_a_long_prompt_is_read(
+    live: Live, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The long one has begun when the short one comes: its first piece waits until that is there."""
+    scheduler = live.service._scheduler
+    assert scheduler is not None
+    prefill, pieces, begun, ended = Model.prefill_pieces, [], threading.Event(), []
+
+    def watched(model: Model, embeds: np.ndarray, *arguments: Any, **options: Any) -> Iterator[None]:
+        pieces.append(embeds.shape[1])
+        begun.set()
+        deadline = time.monotonic() + 30
+        while len(pieces) == 1 and not scheduler.waiting and time.monotonic() < deadline:
+            time.sleep(0.001)
+        yield from prefill(model, embeds, *arguments, **options)
+
+    monkeypatch.setattr(Model, "prefill_pieces", watched)
+
+    def ask(name: str, text: str) -> dict[str, Any]:
+        answer: dict[str, Any] = live.post(CHAT, body(text, max_tokens=2)).json()
+        ended.append(name)
+        return answer
+
+    with ThreadPoolExecutor(2) as pool:
+        long = pool.submit(ask, "long", "Scroll far down, please. " * 400)
+        assert begun.wait(30)
+        short = pool.submit(ask, "short", "Okay")
+        short.result()
+        long.result()
+
+    assert ended == ["short", "long"]
+    assert len(pieces) > 4
+    timings = long.result()["timings"]
+    assert timings["waiting_ms"] > 0
+    parts = sum(timings[name] for name in ("waiting_ms", "reuse_ms", "image_ms", "prefill_ms"))
+    assert parts <= timings["ttft_ms"] + 1
 
 
 def test_each_of_several_answers_has_its_own_counts(live: Live) -> None:

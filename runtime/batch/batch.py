@@ -1,10 +1,10 @@
-"""Answers that are given together: one prompt is read, piece by piece, while all others go on token by token.
+"""Answers that are given together: prompts are read by turns, while all others go on token by token.
 
-    add ─ waits for a slot ─ reading (pieces) ─ decoding (one run for all) ─ deltas
-                                    └──── by turns, in `step` ────┘
+    add ─ waits for a slot ─ reading (a piece of one) ─ decoding (one run for all) ─ deltas
+                              └────────── by turns, in `step` ─────────┘
 
 In: prompts and how to answer them. Out: deltas, each with the number of its answer. Belongs to one thread.
-Knows nothing of messages and of who asks.
+Knows nothing of messages and of who asks; whose prompt comes next is said in turns.py.
 
 A lone answer is drafted; several are not, because a row of a run is worth more as an answer than as a guess.
 """
@@ -14,46 +14,31 @@ from __future__ import annotations
 import itertools
 import time
 from collections import deque
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from autoglm_edge.runtime.answer import Clock, Delta, Usage
-from autoglm_edge.runtime.generation import Cancel, Drafter, Generation
+from autoglm_edge.runtime.answer import Delta, Usage
+from autoglm_edge.runtime.generation import Drafter, Generation
 from autoglm_edge.runtime.manifest import TokenSpec
-from autoglm_edge.runtime.prompt.build import Prompt
 from autoglm_edge.runtime.prompt.tokenizer import Tokenizer
+from autoglm_edge.runtime.reading import Reading
 from autoglm_edge.runtime.reply import Reply
 from autoglm_edge.runtime.reuse.options import Lookup
 from autoglm_edge.runtime.reuse.pace import Pace
-from autoglm_edge.runtime.runner import Reading, Runner
-from autoglm_edge.runtime.sampling import Sampler
-from autoglm_edge.runtime.stops import StopText
+from autoglm_edge.runtime.reuse.sequence import CachedSequence
+from autoglm_edge.runtime.runner import Runner
+
+from .job import Job
+from .turns import Turns
 
 Event = tuple[int, "Delta | Exception"]
 """Of the answer of that number: what it adds, or why it failed. A delta with a finish_reason is the last."""
 
-
-@dataclass(frozen=True, eq=False)
-class Job:
-    """What is to be answered, and how; everything in it was checked.
-
-    Attributes:
-        prompt: leaves room for the budget in the context.
-        sampler: of this answer alone.
-        stops: strings that end it.
-        budget: tokens at most.
-        cancel: ends it within one run of a graph.
-        clock: began when it was asked for.
-    """
-
-    prompt: Prompt
-    sampler: Sampler
-    stops: StopText
-    budget: int
-    cancel: Cancel = field(default_factory=lambda: Cancel(None))
-    clock: Clock = field(default_factory=Clock)
+PATIENCE = 0.05
+"""Seconds of a step in which there is nothing to do but to wait for a picture: others may come meanwhile."""
 
 
 @dataclass(eq=False)
@@ -64,6 +49,7 @@ class _Answer:
     job: Job
     reply: Reply
     reading: Reading | None = None
+    sequence: CachedSequence | None = None
     generation: Generation | None = None
 
 
@@ -71,7 +57,14 @@ class Batch:
     """As many answers at a time as the runner has slots."""
 
     def __init__(
-        self, runner: Runner, tokenizer: Tokenizer, tokens: TokenSpec, *, pace: Pace, lookup: Lookup
+        self,
+        runner: Runner,
+        tokenizer: Tokenizer,
+        tokens: TokenSpec,
+        *,
+        pace: Pace,
+        lookup: Lookup,
+        now: Callable[[], float] = time.perf_counter,
     ) -> None:
         """Empty.
 
@@ -81,6 +74,7 @@ class Batch:
             tokens: special ids.
             pace: what drafts are worth here; goes on learning.
             lookup: as in ReuseOptions.
+            now: seconds, by which turns are shared out.
         """
         self._runner = runner
         self._tokenizer = tokenizer
@@ -88,8 +82,10 @@ class Batch:
         self._pace = pace
         self._lookup = lookup
         self._numbers = itertools.count()
+        self._now = now
+        self._turns = Turns()
         self._waiting: deque[_Answer] = deque()
-        self._reading: _Answer | None = None
+        self._reading: list[_Answer] = []  # as they were added
         self._decoding: list[_Answer] = []  # in the order of their slots
 
     @property
@@ -106,6 +102,7 @@ class Batch:
         """Begin an answer as soon as there is a slot; returns its number."""
         reply = Reply(self._tokenizer, eos=self._tokens.eos, stops=job.stops, budget=job.budget)
         answer = _Answer(next(self._numbers), job, reply)
+        job.clock.waits()
         self._waiting.append(answer)
         return answer.number
 
@@ -121,45 +118,78 @@ class Batch:
             self._leave(answer)
 
     def step(self) -> list[Event]:
-        """One piece of a prompt, if one is to be read, and one run for all answers that are decoded.
+        """A piece of one prompt, if one is to be read, and one run for all answers that are decoded.
+
+        Where there is nothing to do but to wait for a picture, it takes PATIENCE at most and does nothing.
 
         Returns:
             What came of it, in no particular order of answers.
         """
-        given_up = [one for one in (*self._waiting, *self._decoding) if one.job.cancel.is_set()]
-        events = [self._cancel(answer) for answer in given_up]
-        if self._reading is None and self._waiting and self._runner.slots.free:
-            self._reading = self._waiting.popleft()
-        if self._reading is not None:
-            self._read(self._reading, events)
+        events = [self._cancel(answer) for answer in self._answers() if answer.job.cancel.is_set()]
+        while self._waiting and self._runner.slots.free:
+            self._begin(self._waiting[0], events)
+        for answer in [*self._reading]:
+            self._look_at_pictures(answer, events)
+        read = self._read(events)
         if self._decoding:
             self._decode(events)
+        elif self._reading and not read:
+            self._runner.pictures.wait(PATIENCE)
         return events
 
     def _answers(self) -> list[_Answer]:
         """All that have been added and not ended."""
-        return [*self._waiting, *self._decoding, *([self._reading] if self._reading else ())]
+        return [*self._waiting, *self._reading, *self._decoding]
 
-    def _read(self, answer: _Answer, events: list[Event]) -> None:
-        """Take one prompt a piece further."""
+    def _begin(self, answer: _Answer, events: list[Event]) -> None:
+        """Give it a slot; what is known of its prompt is put there, and its first picture is asked for."""
+        self._waiting.remove(answer)
+        self._reading.append(answer)
+        self._advance(answer, events)
+
+    def _look_at_pictures(self, answer: _Answer, events: list[Event]) -> None:
+        """Take the picture that it waits for, if that is done; it costs nothing, so it needs no turn."""
+        while (
+            answer.reading is not None and answer.reading.picture is not None and answer.reading.picture.done
+        ):
+            self._advance(answer, events)
+
+    def _read(self, events: list[Event]) -> bool:
+        """Take one prompt a piece further; whether there was one."""
+        started = self._now()
+        readings = {answer.number: answer.reading for answer in self._reading if answer.reading is not None}
+        number = self._turns.next(readings)
+        if number is None:
+            return False
+        self._advance(next(answer for answer in self._reading if answer.number == number), events)
+        self._turns.took(self._now() - started)
+        return True
+
+    def _advance(self, answer: _Answer, events: list[Event]) -> None:
+        """The next step of its reading."""
         job = answer.job
+        job.clock.goes_on()
         try:
             if answer.reading is None:
-                answer.reading = self._runner.read(
+                answer.reading = Reading(
+                    self._runner,
                     job.prompt,
                     len(job.prompt.ids) - 1,
                     cancelled=job.cancel.is_set,
                     clock=job.clock,
-                    others=lambda: bool(self._decoding),
+                    others=lambda: len(self._reading) + len(self._decoding) > 1,
+                    beside=len(self._runner.slots.sequences) > 1,
                 )
-            rows = next(answer.reading.scores, None)
+                answer.sequence = answer.reading.sequence
+            rows = next(answer.reading.pieces, None)
             if rows is None:
-                job.clock.prefill_done()
                 events.append(self._cancel(answer))
             elif len(rows):
                 job.clock.prefill_done()
                 self._activate(answer, answer.reading, rows[-1])
                 self._sample(answer, events)
+            else:
+                job.clock.waits()
         except Exception as error:  # whatever a graph throws is the matter of this answer
             self._leave(answer)
             events.append((answer.number, error))
@@ -179,15 +209,17 @@ class Batch:
             clock=job.clock,
         )
         self._runner.slots.activate(reading.sequence)
-        self._reading = None
+        self._reading.remove(answer)
         self._decoding.append(answer)
+        reading.close()  # with the features of its pictures
+        answer.reading = None
 
     def _decode(self, events: list[Event]) -> None:
         """Run the last token of every answer, and sample the next ones."""
         answers = [*self._decoding]
         going = [answer.generation for answer in answers if answer.generation is not None]
         alone = len(going) == 1
-        started = time.perf_counter()
+        started = self._now()
         try:
             ids = [generation.next_run(alone=alone) for generation in going]
             if alone:
@@ -204,7 +236,7 @@ class Batch:
         except BaseException:
             self.clear()
             raise
-        milliseconds = 1e3 * (time.perf_counter() - started)
+        milliseconds = 1e3 * (self._now() - started)
         for answer, generation, scores in zip(answers, going, rows, strict=True):
             generation.ran(scores, milliseconds, alone=alone)
             self._sample(answer, events)
@@ -245,13 +277,16 @@ class Batch:
         """Give back the slot."""
         if answer in self._waiting:
             self._waiting.remove(answer)
-        if answer is self._reading:
-            self._reading = None
+        if answer in self._reading:
+            self._reading.remove(answer)
         if answer in self._decoding:
             # The last one takes its place, as the sequences do in their slots.
             place = self._decoding.index(answer)
             self._decoding[place] = self._decoding[-1]
             self._decoding.pop()
         if answer.reading is not None:
-            self._runner.release(answer.reading.sequence, persist=persist)
+            answer.reading.close()
             answer.reading = None
+        if answer.sequence is not None:
+            self._runner.release(answer.sequence, persist=persist)
+            answer.sequence = None

@@ -5,6 +5,8 @@ answers.
 
 A run takes the first rows of the buffers, so the sequences that are decoded stand there; one that begins or
 ends changes places with a neighbour. That copies its rows, which is little beside reading all weights once.
+Prompts are read in the other slots. One of them may be held in the middle of a piece of work, with rows that
+its cache does not count yet: it stands in the last slot, which nobody else can need as long as it is read.
 """
 
 from __future__ import annotations
@@ -39,6 +41,7 @@ class Slots:
         self._store = None if store is None else store(self.sequences[0])
         self.active = 0
         self._reading: list[CachedSequence] = []
+        self._held: CachedSequence | None = None
         self._used: list[CachedSequence] = []  # the last one was used last
 
     @property
@@ -83,17 +86,40 @@ class Slots:
         sequence.truncate(shared)
         if not reuse:
             return shared
-        other, length = self._nearest(keys)
-        length = _in_blocks(min(length, limit))
-        if length > shared:
-            sequence.announce(keys[shared:length])
-            sequence.cache.copy_from(other.cache, shared, length)
+        self.adopt(sequence, keys, limit)
         chain = store.find(keys, limit) if store is not None else ()
         if store is not None and chain and chain[-1].stop > sequence.cache.length:
             for block, rows in store.load(chain, sequence.cache.length):
                 sequence.announce(keys[block.start : block.stop])
                 sequence.cache.write(block.start, rows)
         return sequence.cache.length
+
+    def adopt(self, sequence: CachedSequence, keys: Keys, limit: int) -> int:
+        """Copy what another slot has by now of a prompt, beyond what its own has; returns how many tokens.
+
+        Args:
+            sequence: holds the beginning of the prompt and nothing else.
+            keys: (T, 7) of the prompt.
+            limit: tokens that it may have then at most; whole blocks are taken, as in `begin`.
+        """
+        other, length = self._nearest(keys)
+        start, length = sequence.cache.length, _in_blocks(min(length, limit))
+        if length <= start:
+            return 0
+        sequence.announce(keys[start:length])
+        sequence.cache.copy_from(other.cache, start, length)
+        return length - start
+
+    def hold(self, sequence: CachedSequence) -> None:
+        """A sequence that is being read stays in its slot until `let_go`; there is one such at a time."""
+        assert self._held is None and sequence in self._reading
+        self._move(sequence, len(self.sequences) - 1)
+        self._held = sequence
+
+    def let_go(self, sequence: CachedSequence) -> None:
+        """A sequence that was held may change its slot again."""
+        assert self._held is sequence
+        self._held = None
 
     def activate(self, sequence: CachedSequence) -> None:
         """Its prompt is read: it is decoded with the others from now on."""
@@ -129,6 +155,7 @@ class Slots:
         if now == place:
             return
         other = self.sequences[place]
+        assert self._held is not sequence and self._held is not other
         self.buffers.swap(now, place)
         self.sequences[now], self.sequences[place] = other, sequence
         sequence.cache, other.cache = self.buffers.caches[place], self.buffers.caches[now]

@@ -14,7 +14,7 @@ from autoglm_edge.server.thinking import ThinkingSplitter
 FINISH = {"stop": "stop", "length": "length", "cancelled": "stop"}
 """A cancelled answer is never sent to its end; the name stands here for completeness."""
 
-_TIMES = ("reuse_ms", "image_ms", "prefill_ms", "decode_ms")
+_TIMES = ("waiting_ms", "reuse_ms", "image_ms", "prefill_ms", "decode_ms")
 _COUNTS = (
     "reused_tokens",
     "encoded_images",
