@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from autoglm_edge.measure.figures import rounded
 from autoglm_edge.measure.machine import this_machine
 from autoglm_edge.measure.memory import MemorySampler
-from autoglm_edge.measure.speed import screenshot
+from autoglm_edge.measure.screen import screenshot
 from autoglm_edge.runtime.answer import Delta
 from autoglm_edge.runtime.engine import Engine
 from autoglm_edge.runtime.reuse.options import ReuseOptions

@@ -41,7 +41,12 @@ from autoglm_edge.runtime.machine.topology import usable_cores
 HERE = Path(__file__).resolve().parent
 REFERENCE = "llama.cpp Q4_0"
 TIMEOUT_SECONDS = 3600
-BUNDLES = {"int4": ("--int4",), "int4-prefill": ("--int4", "--prefill", "int8"), "int8": ("--int8",)}
+BUNDLES = {
+    "int4": ("--int4",),
+    "int4-b128": ("--int4", "--block-size", "128"),
+    "int4-prefill": ("--int4", "--prefill", "int8"),
+    "int8": ("--int8",),
+}
 """Options of `autoglm export` that make ours."""
 
 
@@ -68,7 +73,12 @@ def engines(models: Models, peers_python: str, torch_python: str) -> list[Engine
 
     ours = {name: partial(models.bundle, name, *given) for name, given in BUNDLES.items()}
     int4 = ours["int4"]
-    names = {"int4": "ours INT4", "int4-prefill": "ours INT4 + int8", "int8": "ours INT8"}
+    names = {
+        "int4": "ours INT4",
+        "int4-b128": "ours INT4 b128",
+        "int4-prefill": "ours INT4 + int8",
+        "int8": "ours INT8",
+    }
     found = [Engine(names[name], "peer_ours.py", here, model) for name, model in ours.items()]
     for form in peer_gguf.FORMATS:
         gguf = partial(models.gguf, form)

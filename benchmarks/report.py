@@ -33,6 +33,7 @@ PLOTS = ROOT / "docs" / "plots"
 NAMES = (
     "full_size",
     "bench-int4",
+    "bench-int4-b128",
     "bench-int4-prefill",
     "bench-int8",
     "compare",
@@ -97,7 +98,15 @@ def _full_size(options: argparse.Namespace) -> None:
 
 def _bench(bundle: str) -> Callable[[argparse.Namespace], None]:
     def run(options: argparse.Namespace) -> None:
-        command = [sys.executable, "-m", "autoglm_edge", "bench", str(_bundle(options, bundle)), "--json"]
+        command = [
+            sys.executable,
+            "-m",
+            "autoglm_edge",
+            "bench",
+            str(_bundle(options, bundle)),
+            "--profile",
+            "--json",
+        ]
         _keep(options, f"bench-{bundle}", command)
 
     return run
@@ -109,18 +118,23 @@ def _compare(options: argparse.Namespace) -> None:
     _last_line([*command, "-o", str(options.results / "compare.json")])
 
 
+WHOLE = ("int4", "int4-b128")
+"""Bundles that are compared whole, with the peers of as many bits: all nine would fill 100 GB."""
+WHOLE_ENGINES = "=ours INT4,=ours INT4 b128,=llama.cpp Q4_0,genai,OpenVINO"
+
+
 def _compare_40(options: argparse.Namespace) -> None:
-    """The whole model; one length, because a round takes a quarter of an hour."""
+    """The whole model; one length and one round, which takes a quarter of an hour."""
     command = [sys.executable, str(HERE / "compare.py"), "--workspace", str(options.workspace / "compare")]
     command += ["--peers-python", options.peers_python, "--checkpoint", str(_checkpoint(options))]
-    for name in BUNDLES:
+    for name in WHOLE:
         command += [f"--{name}", str(_bundle(options, name))]
     output = str(options.results / "compare-40.json")
-    _last_line([*command, "--prefill", "1536", "--rounds", "2", "-o", output])
+    _last_line([*command, "--only", WHOLE_ENGINES, "--prefill", "1536", "--rounds", "1", "-o", output])
 
 
 def _agent_step(options: argparse.Namespace) -> None:
-    bundles = [str(_bundle(options, name)) for name in BUNDLES]
+    bundles = [str(_bundle(options, name)) for name in ("int4", "int4-prefill", "int8")]
     _last_line(
         [
             sys.executable,

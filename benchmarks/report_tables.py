@@ -18,7 +18,12 @@ from serving import table as serving_table
 Results = Mapping[str, Any]
 """Documents by the name of their file, without its ending."""
 
-BENCHES = {"bench-int4": "INT4", "bench-int4-prefill": "INT4 + int8 prefill", "bench-int8": "INT8"}
+BENCHES = {
+    "bench-int4": "INT4",
+    "bench-int4-b128": "INT4, blocks of 128",
+    "bench-int4-prefill": "INT4 + int8 prefill",
+    "bench-int8": "INT8",
+}
 MISSING = "not measured"
 REUSE_BLOCK = 64
 """The prefix cache gives back whole blocks, of at most so many tokens."""
@@ -30,6 +35,7 @@ def sections(results: Results) -> dict[str, str]:
         "targets": targets(results),
         "full-size": full_size(results),
         "bench": benches(results),
+        "profile": profiles(results),
         "compare": compared(results),
         "agent": agent(results),
         "lookup": lookup(results),
@@ -275,6 +281,21 @@ def benches(results: Results) -> str:
         for title, choices in ((title, item["choices"]) for title, item in found.items())
     )
     return f"{_where(documents[0])} {chosen}.\n\n" + _table(("", *found), rows)
+
+
+def profiles(results: Results) -> str:
+    """Which operators take the time, for each bundle that was traced."""
+    rows = [
+        (title, profile["name"], f"{profile['seconds']:.2f}", _shares(profile["shares"]))
+        for name, title in BENCHES.items()
+        for profile in results.get(name, {}).get("profiles", ())
+    ]
+    return _table(("bundle", "work", "traced, s", "operators"), rows) if rows else MISSING
+
+
+def _shares(shares: Mapping[str, float]) -> str:
+    seen = sorted(((share, name) for name, share in shares.items() if share >= 0.02), reverse=True)
+    return ", ".join(f"{name} {share:.0%}" for share, name in seen)
 
 
 def compared(results: Results) -> str:

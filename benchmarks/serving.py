@@ -34,7 +34,7 @@ from agent_step import SESSION, conversations
 from autoglm_edge.measure.figures import rounded
 from autoglm_edge.measure.machine import this_machine
 from autoglm_edge.measure.memory import read_memory
-from autoglm_edge.measure.speed import screenshot
+from autoglm_edge.measure.screen import screenshot
 from autoglm_edge.runtime.bundle import Bundle
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))

@@ -139,6 +139,38 @@ class Encode:
 
 
 @dataclass(frozen=True)
+class Profile:
+    """Where the time of one kind of work went.
+
+    Attributes:
+        name: of the work.
+        seconds: that it took, traced.
+        operators: seconds by operator, the longest first; together less than `seconds`.
+    """
+
+    name: str
+    seconds: float
+    operators: Mapping[str, float]
+
+    @property
+    def outside_s(self) -> float:
+        """Seconds in no operator."""
+        return max(0.0, self.seconds - sum(self.operators.values()))
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Parts of the time by operator, and of what is in none under "outside"."""
+        if not self.seconds:
+            return {}
+        found = {name: seconds / self.seconds for name, seconds in self.operators.items()}
+        return {**found, "outside": self.outside_s / self.seconds}
+
+    def to_json(self) -> dict[str, Any]:
+        """Figures by name."""
+        return {"name": self.name, "seconds": self.seconds, "shares": self.shares}
+
+
+@dataclass(frozen=True)
 class BenchReport:
     """All of a bench.
 
@@ -162,6 +194,7 @@ class BenchReport:
         images: by budget.
         memory: peaks by phase; "steady" is what is held after all of it.
         left_out: what was asked for by default and cannot be done by this bundle.
+        profiles: where the time goes, by operator, if that was asked for.
     """
 
     bundle: str
@@ -182,6 +215,7 @@ class BenchReport:
     images: tuple[Encode, ...]
     memory: Mapping[str, Memory]
     left_out: tuple[str, ...] = ()
+    profiles: tuple[Profile, ...] = ()
 
     def to_json(self) -> str:
         """One document on one line."""
@@ -204,6 +238,7 @@ class BenchReport:
             "images": [row.to_json() for row in self.images],
             "memory": {name: value.to_json() for name, value in self.memory.items()},
             "left_out": list(self.left_out),
+            "profiles": [one.to_json() for one in self.profiles],
         }
         return json.dumps(rounded(document), ensure_ascii=False)
 
@@ -253,6 +288,9 @@ class BenchReport:
         for name, value in self.memory.items():
             memory.append((name, *map(_gigabytes, (value.anon_bytes, value.file_bytes, value.swap_bytes))))
         lines += columns(memory)
+        if self.profiles:
+            lines += ["", "where the time goes"]
+            lines += columns([(one.name, _largest(one.shares)) for one in self.profiles])
         lines += [f"left out  {reason}" for reason in self.left_out]
         return "\n".join(lines)
 
@@ -265,6 +303,12 @@ def _choices(choices: Mapping[str, Any]) -> list[str]:
             reason = choices.get(f"{name}_reason")
             lines.append(f"{name}: {value}" + (f" ({reason})" if reason else ""))
     return lines
+
+
+def _largest(shares: Mapping[str, float]) -> str:
+    """Those that can be seen, the largest first."""
+    seen = sorted(((share, name) for name, share in shares.items() if share >= 0.01), reverse=True)
+    return ", ".join(f"{name} {share:.0%}" for share, name in seen)
 
 
 def _times(times: Times) -> tuple[str, str, str]:

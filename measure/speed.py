@@ -10,6 +10,7 @@ text.
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import time
 from collections.abc import Callable
@@ -19,10 +20,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw
 
 from autoglm_edge.errors import RequestError
 from autoglm_edge.runtime.bundle import Bundle
+from autoglm_edge.runtime.machine.limits import trim_memory
 from autoglm_edge.runtime.model import Model
 from autoglm_edge.runtime.plan import plan_model
 from autoglm_edge.runtime.prompt.image import patchify
@@ -32,12 +33,11 @@ from .bandwidth import Limits, measure_limits
 from .figures import Times, repeat
 from .graphs import GraphSequence, GraphSequences
 from .machine import this_machine
-from .memory import BETWEEN, Memory, MemorySampler, release_unused
+from .memory import BETWEEN, Memory, MemorySampler
 from .plan import TOGETHER_AT, BenchPlan
-from .report import BenchReport, Decode, Encode, Prefill, Together
-
-SCREEN = (1080, 2400)
-"""Width and height of the screenshot that is encoded."""
+from .profile import profile
+from .report import BenchReport, Decode, Encode, Prefill, Profile, Together
+from .screen import screenshot
 
 WARM_TOKENS = 128
 """Of the first prompt, which is not timed; the prefill graph opens with the first long one."""
@@ -52,6 +52,7 @@ def bench(
     options: SessionOptions | None = None,
     limits: Limits | None = None,
     left_out: tuple[str, ...] = (),
+    profiled: bool = False,
     say: Say | None = None,
 ) -> BenchReport:
     """Measure a bundle; it must be able to do all of the plan (`BenchPlan.misfits`).
@@ -62,6 +63,8 @@ def bench(
         options: device and threads.
         limits: of this machine, if they are known; else they are measured first.
         left_out: goes into the report.
+        profiled: whether to tell by operator, too, where the time goes: of the longest prompt, of steps at
+            the shortest and the longest context, and of the largest picture.
         say: told what is measured next.
 
     Raises:
@@ -81,7 +84,8 @@ def bench(
             tell("preparing weights for this machine, once")
             with memory.phase("prepare"):
                 prepare = repeat(partial(Model, bundle, options), 1)
-            release_unused()
+            gc.collect()  # what was only there to prepare must not count as what loading takes
+            trim_memory()
         tell("loading")
         with memory.phase("load"):
             started = time.perf_counter()
@@ -100,6 +104,16 @@ def bench(
             started = time.perf_counter()
             Model(bundle, options)
             loads.append(time.perf_counter() - started)
+    profiles: tuple[Profile, ...] = ()
+    if profiled:
+        profiles = profile(
+            bundle,
+            prompts=sorted(plan.prefill)[-1:],
+            decode_at=sorted({*sorted(plan.decode_at)[:1], *sorted(plan.decode_at)[-1:]}),
+            images=sorted(plan.images)[-1:],
+            options=options,
+            say=tell,
+        )
     manifest = bundle.manifest
     return BenchReport(
         bundle=bundle.path.name,
@@ -120,6 +134,7 @@ def bench(
         images=images,
         memory=_phases(memory.peaks),
         left_out=left_out,
+        profiles=profiles,
     )
 
 
@@ -233,22 +248,6 @@ def layer_weights(bundle: Bundle) -> int | None:
         return None
     attention = 2 * shape.hidden * shape.head_dim * (shape.heads + shape.kv_heads)
     return shape.layers * (attention + 3 * shape.hidden * inner)
-
-
-def screenshot(size: tuple[int, int] = SCREEN, seed: int = 0) -> Image.Image:
-    """A phone screen of coloured boxes: bars above and below, rows between, none like another."""
-    width, height = size
-    random = np.random.default_rng(seed)
-    image = Image.new("RGB", size, (245, 246, 248))
-    draw = ImageDraw.Draw(image)
-    row = max(1, height // 24)
-    for top in range(0, height, row):
-        colour = tuple(int(value) for value in random.integers(60, 240, 3))
-        left = int(random.integers(0, max(1, width // 6)))
-        right = int(random.integers(width // 2, width + 1))
-        draw.rectangle((left, top + row // 6, max(left, right - 1), top + row - row // 6), fill=colour)
-        draw.ellipse((left, top + row // 4, left + row // 2, top + 3 * row // 4), fill=(255, 255, 255))
-    return image
 
 
 def _phases(peaks: dict[str, Memory]) -> dict[str, Memory]:

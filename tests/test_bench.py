@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from autoglm_edge.cli_bench import bench
+from autoglm_edge.commands.bench import bench
 from autoglm_edge.measure import speed
 from autoglm_edge.measure.bandwidth import Limits
 

@@ -359,6 +359,22 @@ def test_recorded_answers_are_decoded_as_they_are_with_and_without_drafts(
     assert len({line.count("|") for line in lookup.table([found]).splitlines()}) == 1
 
 
+def test_a_drafter_that_is_never_wrong_gains_where_the_prompt_has_the_answer_and_nowhere_else() -> None:
+    prompt = np.arange(100)
+
+    def free(tokens: int) -> float:
+        return 1.0
+
+    def dear(tokens: int) -> float:
+        return float(tokens)
+
+    known, new = list(range(20, 40)), list(range(200, 220))
+    # Three runs until two tokens stand together that the prompt has so; one of 15 and the next; the rest.
+    assert lookup.bound([(prompt, [98, 99, *known])], free) == pytest.approx(21 / 5)
+    assert lookup.bound([(prompt, [98, 99, *known])], dear) == 1
+    assert lookup.bound([(prompt, new)], free) == 1
+
+
 # --- the page
 
 

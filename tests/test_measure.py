@@ -28,7 +28,9 @@ from autoglm_edge.measure.graphs import GraphSequence
 from autoglm_edge.measure.machine import this_machine
 from autoglm_edge.measure.memory import Memory, MemorySampler, read_memory, watch
 from autoglm_edge.measure.plan import BenchPlan
-from autoglm_edge.measure.speed import bench, layer_weights, screenshot
+from autoglm_edge.measure.profile import profile, read_trace
+from autoglm_edge.measure.screen import screenshot
+from autoglm_edge.measure.speed import bench, layer_weights
 from autoglm_edge.measure.tiny_graph import one_node
 from autoglm_edge.runtime.bundle import Bundle
 from autoglm_edge.runtime.model import Model
@@ -123,12 +125,6 @@ def test_without_proc_only_the_largest_resident_size_is_known(monkeypatch: pytes
     assert here.swap_bytes is None
     assert here.rss_bytes is None or here.rss_bytes > 1 << 20
     assert not other.known
-
-
-def test_releasing_is_no_error_where_the_c_library_cannot_be_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    memory_module.release_unused()
-    monkeypatch.setattr(memory_module.ctypes, "CDLL", lambda name: object())
-    memory_module.release_unused()
 
 
 def test_a_first_load_that_prepares_weights_is_told_apart_from_loading(
@@ -442,3 +438,58 @@ def test_screens_of_other_seeds_differ_and_those_of_the_same_do_not() -> None:
     assert first.size == (90, 200)
     assert first.tobytes() == again.tobytes()
     assert first.tobytes() != other.tobytes()
+
+
+# --- where the time goes
+
+
+def trace_of(runs: list[list[tuple[str, int]]]) -> bytes:
+    """A trace as onnxruntime writes it: runs of 1 ms apart, each with operators and their microseconds."""
+    events: list[dict[str, object]] = [
+        {"ph": "X", "cat": "Session", "name": "session_initialization", "ts": 0, "dur": 10, "args": {}}
+    ]
+    for number, operators in enumerate(runs):
+        start = 1000 * (number + 1)
+        for place, (name, duration) in enumerate(operators):
+            events.append(
+                {
+                    "ph": "X",
+                    "cat": "Node",
+                    "name": f"node_{place}_kernel_time",
+                    "ts": start + place,
+                    "dur": duration,
+                    "args": {"op_name": name},
+                }
+            )
+        # A run is noted when it ends, behind its operators.
+        events.append({"ph": "X", "cat": "Session", "name": "model_run", "ts": start, "dur": 900, "args": {}})
+    return json.dumps(events).encode()
+
+
+def test_a_trace_counts_the_second_half_of_the_runs() -> None:
+    found = read_trace(trace_of([[("Add", 100)], [("Add", 7), ("Mul", 5), ("Add", 1)]]))
+
+    assert found == {"Add": 8e-6, "Mul": 5e-6}
+
+
+def test_a_session_that_never_ran_adds_nothing() -> None:
+    assert read_trace(trace_of([])) == {}
+
+
+def test_a_profile_tells_operators_of_prompts_steps_and_pictures(tiny: Bundle) -> None:
+    prompt, step, picture = profile(
+        tiny, prompts=(40,), decode_at=(8,), images=(64,), options=SessionOptions(threads=1)
+    )
+
+    assert [prompt.name, step.name, picture.name] == ["prefill 40", "decode at 8", "image of at most 64"]
+    for one in (prompt, step, picture):
+        assert one.seconds > 0 and one.operators
+        assert 0 <= one.outside_s < one.seconds
+        assert sum(one.shares.values()) == pytest.approx(1)
+    assert "GroupQueryAttention" in prompt.operators and "GroupQueryAttention" in step.operators
+    assert "GroupQueryAttention" not in picture.operators
+
+
+def test_traces_that_have_no_folder_are_refused() -> None:
+    with pytest.raises(RequestError, match="traces is 'here', must be the path of a folder"):
+        SessionOptions(traces="here")  # type: ignore[arg-type]
