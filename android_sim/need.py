@@ -1,8 +1,8 @@
 """What a bundle needs in memory while it answers, by item and phase, from the runtime's own formulas.
 
 In: a bundle, how it would be run, and the size of a question. Out: `Need`: items in bytes, anonymous or
-mapped, with the phases that hold them. Runs nothing, and reads nothing but the manifest, the index of layers
-and the widths in config.json.
+mapped, with the phases that hold them. Runs nothing, and reads nothing but the manifest, the index of layers,
+the widths in config.json and the names in the decoder's graph.
 
 What the manifest gives exactly: bytes of weights by part, bytes of the cache per token, shapes of the layers.
 What had to be measured stands below as constants, each with the run that gave it: how much an allocator holds
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -22,6 +23,9 @@ from autoglm_edge.runtime.bundle import Bundle
 from autoglm_edge.runtime.layerwise.index import LayerWeights, read_index
 from autoglm_edge.runtime.manifest import Manifest
 from autoglm_edge.runtime.plan import PREFILL_CHUNK, ModelPlan, is_integer
+
+_SLICES = re.compile(rb"lm_head\.(\d+)\.weight")
+"""How the graph names the slices of a head (docs/bundle.md)."""
 
 PHASES = ("load", "image", "prefill", "decode")
 Memory = Literal["anonymous", "mapped"]
@@ -166,7 +170,8 @@ class Widths:
         vision_intermediate: of its MLP.
         merger: width of the MLP that makes tokens of patches.
         expanded_bytes: of one layer in 8 bits.
-        largest_bytes: of the decoder's largest matrix, as stored.
+        largest_bytes: of the decoder's largest matrix, as stored; of two, if as large a one follows, as the
+            slices of a head do: one is still there while the next is packed.
         notes: what was guessed.
     """
 
@@ -202,6 +207,7 @@ class Widths:
         weight_bytes = manifest.parts["decoder"].weight_bytes
         head = shape.vocab * shape.hidden
         largest = round(weight_bytes * head / (head + shape.layers * layer))
+        matrix = round(weight_bytes * 2 * intermediate * shape.hidden / (head + shape.layers * layer))
         expanded = layer
         if "layer" in manifest.parts:
             index = read_index(bundle.file(manifest.parts["layer"].data), shape.layers)
@@ -209,6 +215,9 @@ class Widths:
                 math.prod(size) * (4 if len(size) == 1 else 1) for size in index[0].shapes.values()
             )
             largest = max(0, weight_bytes - sum(map(_stored, index)))  # with the last norm, a few kB
+        graph = bundle.file(manifest.parts["decoder"].graph).read_bytes()
+        if slices := len(set(_SLICES.findall(graph))):
+            largest = 2 * max(largest // slices, matrix)
         return cls(
             intermediate,
             vision_hidden,

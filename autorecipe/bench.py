@@ -12,7 +12,7 @@ Measures them, and asks the journal first. Knows nothing of budgets and recipes'
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,9 +20,9 @@ import onnx_ir as ir
 
 from autoglm_edge.errors import ParityError
 from autoglm_edge.export.card import CARD_NAME
-from autoglm_edge.export.contents import graph_bytes
+from autoglm_edge.export.contents import Job, graph_bytes
 from autoglm_edge.export.graphs.genai import GENAI_NAME
-from autoglm_edge.export.graphs.plan import IR_DTYPES, PartPlan, Weight
+from autoglm_edge.export.graphs.plan import IR_DTYPES, PartPlan, Weight, by_matrix
 from autoglm_edge.export.progress import Progress, ProgressEvent
 from autoglm_edge.export.staging import write_file
 from autoglm_edge.parity.reference import Reference
@@ -79,9 +79,7 @@ class Bench:
             else:
                 self._tell(ProgressEvent("measure", f"storing everything as {job.recipe.name}", 0, 0))
                 bundle = export_level(job.recipe, path)
-            sizes = {entry.path: entry.size_bytes for entry in bundle.manifest.files}
-            fits = all(sizes.get(plan.data_file) == plan.data_bytes for plan in job.plans)
-            if bundle.manifest.recipe != job.recipe.to_json() or not fits:
+            if bundle.manifest.recipe != job.recipe.to_json() or not _is_laid_out(bundle, job):
                 raise ParityError(
                     f"{path} is not an export of {job.recipe.name}; delete it, or name another workspace"
                 )
@@ -137,14 +135,12 @@ class Bench:
     def _graph(self, plan: PartPlan, levels: Levels) -> bytes:
         graph_bytes(plan)  # checks that graph and plan name the same initializers
         values = plan.model.graph.initializers
-        for weight in plan.weights:
-            level = levels.get(weight.name, 0)
-            part, stored = self.palette.placed(weight.name, level)
-            if part != plan.name or _form(stored) != _form(weight):
-                raise ParityError(
-                    f"{weight.source} is stored otherwise in {self._names[level]}; delete the workspace"
-                )
-            for piece in stored.pieces:
+        for name, weights in by_matrix(plan.weights).items():
+            level = levels.get(name, 0)
+            placed = self.palette.placed(name, level)
+            if placed.part != plan.name or _forms(placed.weights) != _forms(weights):
+                raise ParityError(f"{name} is stored otherwise in {self._names[level]}; delete the workspace")
+            for piece in (piece for weight in placed.weights for piece in weight.pieces):
                 values[piece.name].const_value = ir.ExternalTensor(
                     f"{self._names[level]}/{plan.data_file}",
                     piece.offset,
@@ -174,6 +170,24 @@ class Bench:
         ]
 
 
-def _form(weight: Weight) -> Weight:
-    """A weight without its place in a file and without how its integers are chosen, which no graph tells."""
-    return replace(weight, pieces=tuple(replace(piece, offset=-1) for piece in weight.pieces), refine="none")
+def _is_laid_out(bundle: Bundle, job: Job) -> bool:
+    """Whether data files have the planned lengths, and graphs look for weights at the planned places.
+
+    A release that lays them out otherwise can give files of the same length.
+    """
+    found = {entry.path: entry for entry in bundle.manifest.files}
+    return all(
+        plan.data_file in found
+        and found[plan.data_file].size_bytes == plan.data_bytes
+        and plan.graph_file in found
+        and found[plan.graph_file].sha256 == hashlib.sha256(graph_bytes(plan)).hexdigest()
+        for plan in job.plans
+    )
+
+
+def _forms(weights: Iterable[Weight]) -> list[Weight]:
+    """Weights without their places in a file and without how integers are chosen, which no graph tells."""
+    return [
+        replace(weight, pieces=tuple(replace(piece, offset=-1) for piece in weight.pieces), refine="none")
+        for weight in weights
+    ]

@@ -8,13 +8,13 @@ Writes nothing, and knows nothing of divergences.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from autoglm_edge.errors import QuantError
 from autoglm_edge.export.calibrate.preparation import prepare
 from autoglm_edge.export.contents import Job, build_manifest, small_files
-from autoglm_edge.export.graphs.plan import ALIGNMENT, Weight
+from autoglm_edge.export.graphs.plan import ALIGNMENT, Weight, by_matrix
 from autoglm_edge.export.options import ExportOptions
 from autoglm_edge.export.source.checkpoint import Checkpoint
 from autoglm_edge.export.source.shapes import EMBEDDING, HEAD, expected_tensors
@@ -34,6 +34,30 @@ HIGH = replace(
 
 Levels = Mapping[str, int]
 """Number of the level that a tensor is stored as, by the name that recipes know it by."""
+
+
+@dataclass(frozen=True)
+class Placed:
+    """Where one tensor lies in the data files of a level.
+
+    Attributes:
+        part: name of the part that holds it.
+        weights: with their places; one, or slices of its rows.
+    """
+
+    part: str
+    weights: tuple[Weight, ...]
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether it is stored as integers."""
+        return any(weight.action == "quantize" for weight in self.weights)
+
+    @property
+    def size_bytes(self) -> int:
+        """In the data file, padding included."""
+        pieces = (piece for weight in self.weights for piece in weight.pieces)
+        return sum(-(-piece.size_bytes // ALIGNMENT) * ALIGNMENT for piece in pieces)
 
 
 class Palette:
@@ -87,13 +111,15 @@ class Palette:
         self._totals: dict[Recipe, int] = {}
         self.jobs = tuple(self.job(level) for level in self.levels)
         self._placed = [
-            {weight.name: (plan.name, weight) for plan in job.plans for weight in plan.weights}
+            {
+                name: Placed(plan.name, own)
+                for plan in job.plans
+                for name, own in by_matrix(plan.weights).items()
+            }
             for job in self.jobs
         ]
         self.tensors = tuple(
-            name
-            for name in self._placed[0]
-            if any(placed[name][1].action == "quantize" for placed in self._placed)
+            name for name in self._placed[0] if any(placed[name].is_quantized for placed in self._placed)
         )
 
     def options(self, recipe: Recipe) -> ExportOptions:
@@ -109,14 +135,13 @@ class Palette:
         """The export of a recipe, with every decision made."""
         return prepare(self.checkpoint, self.options(recipe))
 
-    def placed(self, tensor: str, level: int) -> tuple[str, Weight]:
-        """Part of a tensor, and its place in the data file of a level."""
+    def placed(self, tensor: str, level: int) -> Placed:
+        """Where a tensor lies in the data files of a level."""
         return self._placed[level][tensor]
 
     def size_bytes(self, group: TensorGroup, level: int) -> int:
         """Of a group in a data file, padding included."""
-        pieces = (piece for name in group.tensors for piece in self._placed[level][name][1].pieces)
-        return sum(-(-piece.size_bytes // ALIGNMENT) * ALIGNMENT for piece in pieces)
+        return sum(self._placed[level][name].size_bytes for name in group.tensors)
 
     def total_bytes(self, recipe: Recipe) -> int:
         """Of the whole bundle that a recipe gives, to the byte."""

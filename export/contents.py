@@ -40,7 +40,7 @@ from .graphs.plan import IR_DTYPES, ITEM_BYTES, Dtype, PartPlan, data_file
 from .source.checkpoint import Checkpoint, ModelConfig
 from .source.processor import with_pixel_budget
 from .source.shapes import expected_tensors
-from .weights.writer import Rows
+from .weights.rows import Rows
 
 TOOLS = ("numpy", "onnx", "onnx-ir", "onnxscript")
 """Packages whose version can change what is written."""

@@ -24,10 +24,11 @@ from typing import Any
 import numpy as np
 
 from autoglm_edge.quantize.channels import ChannelFormat, WeightFormat, quantize_channels
-from autoglm_edge.quantize.formats import quantize_rows
 from autoglm_edge.quantize.gptq import GptqFactor, Panel, gptq_rows
 from autoglm_edge.quantize.refine import search_rows
+from autoglm_edge.quantize.rounding import quantize_rows
 from autoglm_edge.quantize.rule import REFINEMENTS, Refinement
+from autoglm_edge.runtime.machine.limits import anonymous_bytes
 from autoglm_edge.runtime.machine.topology import usable_cores
 from autoglm_edge.runtime.manifest import MANIFEST_NAME
 
@@ -335,12 +336,9 @@ def _copied_bytes(plan: PartPlan) -> int:
 
 def _process_bytes() -> int:
     """Anonymous memory of this process as it is now; elsewhere than on Linux, its peak of all memory."""
-    try:
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("RssAnon:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
+    known = anonymous_bytes()
+    if known is not None:
+        return known
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

@@ -307,6 +307,50 @@ def test_a_mixture_computes_what_its_export_computes(
     assert high.kl < ours.kl < low.kl
 
 
+def test_a_head_in_slices_is_one_matrix_of_a_mixture(
+    palette: Palette,
+    checkpoint: Path,
+    reference: Path,
+    bundle_of: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("autoglm_edge.export.graphs.head.SLICE_ROWS", 192)
+    recorded, name = Reference.open(reference), "lm_head.weight"
+    cut = Palette(Checkpoint.open(checkpoint), [HIGH, PRESETS["int4-all"]])
+    (head,) = (group for group in group_tensors(cut.tensors) if group.name == "head")
+    with Journal(tmp_path / "ws" / "measurements.json", {}) as journal:
+        bench = Bench(tmp_path / "ws", cut, recorded, journal, None, None, lambda event: None)
+        bench.export_levels(lambda recipe, path: export(checkpoint, path, recipe=recipe))
+        found = [measure(bench.bundle(levels), recorded).sums for levels in ({}, {name: 1})]
+    alone = export(checkpoint, tmp_path / "alone", recipe=cut.mixture({name: 1}))
+
+    assert cut.tensors == palette.tensors
+    assert len(cut.placed(name, 0).weights) == 3
+    assert palette.size_bytes(head, 0) <= cut.size_bytes(head, 0) < palette.size_bytes(head, 0) + 6 * 4096
+    assert cut.total_bytes(HIGH) == sum(path.stat().st_size for path in (tmp_path / "ws/level-0").iterdir())
+    assert found[0] == measure(Bundle.open(bundle_of(checkpoint, recipe=HIGH)), recorded).sums
+    assert found[1] == measure(alone, recorded).sums != found[0]
+
+
+def test_levels_that_lie_otherwise_than_this_release_writes_are_refused(
+    reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = make_checkpoint(tmp_path / "checkpoint", replace(SHAPE, vocab=2048))
+    palette = Palette(Checkpoint.open(checkpoint), [HIGH, PRESETS["int4-all"]])
+    ws, recorded = tmp_path / "ws", Reference.open(reference)
+    with Journal(ws / "measurements.json", {}) as journal:
+        with monkeypatch.context() as patch:
+            patch.setattr("autoglm_edge.export.graphs.head.SLICE_ROWS", 1024)
+            export(checkpoint, ws / "level-0", recipe=HIGH)
+        bench = Bench(ws, palette, recorded, journal, None, None, lambda event: None)
+        with pytest.raises(ParityError, match=r"level-0 is not an export of int4-at-8; delete it"):
+            bench.export_levels(lambda recipe, path: export(checkpoint, path, recipe=recipe))
+
+    decoder = palette.jobs[0].plans[0]  # two slices that fill their pages: the length does not tell
+    assert (ws / "level-0" / decoder.data_file).stat().st_size == decoder.data_bytes
+
+
 def test_levels_that_do_not_go_together_are_refused(checkpoint: Path) -> None:
     opened = Checkpoint.open(checkpoint)
     for levels, what in (

@@ -157,7 +157,7 @@ def test_the_last_layer_has_what_keys_and_values_need_and_nothing_is_in_blocks(
     held = {item.name for item in graph.initializer if "layers.1." in item.name}
 
     assert operators["MatMulNBits"] == 0
-    assert operators["MatMulIntegerToFloat"] == 6 + 2
+    assert operators["MatMulIntegerToFloat"] == 7 + 2  # gate and up are two
     stem = "model.language_model.layers.1."
     assert held == {
         f"{stem}input_layernorm.weight",
@@ -201,8 +201,8 @@ def test_what_the_decoder_has_in_this_form_or_in_floats_is_not_stored_again(
     job = prepare(Checkpoint.open(checkpoint_of("tiny")), ExportOptions(recipe))
 
     prefill = job.plans[-1]
-    borrowed = {weight.name.partition("layers.0.")[2] for weight in prefill.borrowed}
-    own = {weight.name.partition("layers.0.")[2] for weight in prefill.weights}
+    borrowed = {weight.matrix.partition("layers.0.")[2] for weight in prefill.borrowed}
+    own = {weight.matrix.partition("layers.0.")[2] for weight in prefill.weights}
     assert {"mlp.gate_up_proj.weight", "self_attn.q_proj.weight", "self_attn.q_proj.bias"} <= borrowed
     assert {"self_attn.k_proj.weight", "self_attn.v_proj.weight", "self_attn.o_proj.weight"} <= own
     assert not own & borrowed - {""}

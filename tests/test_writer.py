@@ -14,14 +14,18 @@ import pytest
 from numpy.typing import NDArray
 
 from autoglm_edge.errors import ExportError, QuantError
+from autoglm_edge.export.calibrate.gram import Gram
 from autoglm_edge.export.graphs.integers import channel_pieces
-from autoglm_edge.export.graphs.plan import ITEM_BYTES, PartPlan, Piece, Weight, lay_out
+from autoglm_edge.export.graphs.plan import ITEM_BYTES, PartPlan, Piece, RowSlice, Weight, lay_out
 from autoglm_edge.export.weights import writer
-from autoglm_edge.export.weights.writer import chunk_rows, in_flight_bytes, source_matrix, write_part
+from autoglm_edge.export.weights.quantizer import RecipeQuantizer
+from autoglm_edge.export.weights.rows import source_matrix
+from autoglm_edge.export.weights.writer import chunk_rows, in_flight_bytes, write_part
 from autoglm_edge.quantize.channels import ChannelFormat, quantize_channels
-from autoglm_edge.quantize.formats import BlockFormat, Quantized, quantize_rows
+from autoglm_edge.quantize.formats import BlockFormat, Quantized
 from autoglm_edge.quantize.gptq import TILE_ROWS
 from autoglm_edge.quantize.refine import search_rows
+from autoglm_edge.quantize.rounding import quantize_rows
 
 
 class Store:
@@ -415,6 +419,114 @@ def test_a_row_wider_than_the_budget_is_a_chunk_of_its_own() -> None:
     weight = copy_weight("w", 3, 10_000_000)
 
     assert chunk_rows(weight, 3, 10_000_000, 64) == 1
+
+
+# --- slices
+
+
+def slice_of(weight: Weight, whole: str, first: int, total: int) -> Weight:
+    """A weight as rows of a larger tensor."""
+    return replace(weight, source=whole, part=RowSlice(whole, first, total))
+
+
+@pytest.mark.parametrize("kind", ["transpose", "blocks", "channel"])
+def test_slices_hold_the_rows_of_their_tensor(kind: str, tmp_path: Path) -> None:
+    values, sizes = random(157, 96), (64, 64, 29)
+    make: dict[str, Callable[[str, int], Weight]] = {
+        "transpose": lambda name, rows: copy_weight(name, rows, 96, action="transpose"),
+        "blocks": lambda name, rows: quantized_weight(name, rows, 96, BlockFormat(4, 32, False)),
+        "channel": lambda name, rows: channel_weight(name, rows, 96),
+    }
+    starts = [sum(sizes[:number]) for number in range(3)]
+    slices = [
+        slice_of(make[kind](f"w.{number}", rows), "w", starts[number], 157)
+        for number, rows in enumerate(sizes)
+    ]
+    store = Store(
+        w=values, **{f"w{number}": values[start : start + 64] for number, start in enumerate(starts)}
+    )
+    plan = plan_of(*slices)
+    alone = plan_of(*(make[kind](f"w{number}", rows) for number, rows in enumerate(sizes)))
+
+    write_part(plan, store, tmp_path / "cut", workers=3)
+    write_part(alone, store, tmp_path / "alone", workers=3)
+
+    assert (tmp_path / "cut").read_bytes() == (tmp_path / "alone").read_bytes()
+    assert store.released.count("w") == 3
+
+
+def test_a_slice_of_a_permuted_tensor_is_cut_after_the_permutation(tmp_path: Path) -> None:
+    values = random(4, 30, 5)
+    piece = Piece("w.1", "float32", (20, 10))
+    weight = Weight("w", 10, 20, "transpose", (piece,), permute=(1, 2, 0), part=RowSlice("w", 20, 30))
+    plan = plan_of(weight)
+
+    write_part(plan, Store(w=values), tmp_path / "data")
+
+    expected = values.transpose(1, 2, 0).reshape(30, 20)[20:].T
+    assert np.array_equal(read(tmp_path / "data", plan.weights[0].pieces[0]), expected)
+
+
+def test_a_slice_wants_its_whole_tensor_in_the_checkpoint() -> None:
+    weight = slice_of(copy_weight("w.0", 8, 64, action="transpose"), "w", 8, 24)
+
+    assert source_matrix(weight, (24, 64)) == (8, 64)
+    for shape in ((16, 64), (8, 64), (25, 64), (24, 63)):
+        with pytest.raises(ExportError, match=r"the graph needs 24 x 64"):
+            source_matrix(weight, shape)
+
+
+def test_what_is_wrong_in_a_slice_is_told_by_the_row_of_the_tensor(tmp_path: Path) -> None:
+    values = random(300, 64)
+    values[217, 5] = np.inf
+    floats = slice_of(copy_weight("w.1", 100, 64, action="transpose"), "w", 200, 300)
+    blocks = slice_of(quantized_weight("w.1", 100, 64, BlockFormat(4, 32, False)), "w", 200, 300)
+
+    with pytest.raises(ExportError, match="w holds inf at row 217, column 5"):
+        write_part(plan_of(floats), Store(w=values), tmp_path / "data")
+    with pytest.raises(QuantError, match="w, counted from row 216 of rows 216 to 232: "):
+        write_part(plan_of(blocks), Store(w=values), tmp_path / "data")
+
+
+class Inputs:
+    """Gives the Gram matrix of an input away, once, as a calibration does."""
+
+    def __init__(self) -> None:
+        self.taken: list[str] = []
+
+    def take(self, name: str) -> Gram:
+        assert name not in self.taken
+        self.taken.append(name)
+        gram = Gram(64)
+        gram.add(random(200, 64))
+        return gram
+
+
+@pytest.mark.parametrize("finished", [set(), {"w.0_data"}])
+def test_slices_that_are_refined_by_gptq_share_the_sums_of_their_matrix(
+    finished: set[str], tmp_path: Path
+) -> None:
+    fmt, values = BlockFormat(4, 32, False), random(200, 64)
+    weights = [
+        replace(
+            slice_of(quantized_weight(f"w.{number}", 100, 64, fmt), "w", 100 * number, 200), refine="gptq"
+        )
+        for number in range(2)
+    ]
+    other = replace(quantized_weight("v", 100, 64, fmt), refine="gptq")
+    whole = replace(quantized_weight("w", 200, 64, fmt), refine="gptq")
+    plan, single, inputs = plan_of(*weights, other), plan_of(whole), Inputs()
+    store = Store(w=values, v=random(100, 64))
+
+    write_part(plan, store, tmp_path / "cut", quantizer=RecipeQuantizer(inputs), finished=finished)
+    write_part(single, store, tmp_path / "whole", quantizer=RecipeQuantizer(Inputs()))
+
+    assert inputs.taken == ["w", "v"]
+    for piece in range(3):
+        expected = read(tmp_path / "whole", single.weights[0].pieces[piece])
+        for number in range(len(finished), 2):
+            found = read(tmp_path / "cut", plan.weights[number].pieces[piece])
+            assert np.array_equal(found, expected[100 * number : 100 * number + 100])
 
 
 # --- refinements

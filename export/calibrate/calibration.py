@@ -29,13 +29,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autoglm_edge.errors import ExportError
-from autoglm_edge.export.graphs.text import STEM as TEXT
+from autoglm_edge.export.graphs.decoder import STEM as TEXT
 from autoglm_edge.export.graphs.text import plan_layer, plan_norm
 from autoglm_edge.export.graphs.vision import STEM as VISION
 from autoglm_edge.export.graphs.vision import plan_block, plan_stem, plan_top
 from autoglm_edge.export.source.config import ModelConfig
 from autoglm_edge.export.source.shapes import EMBEDDING, HEAD
-from autoglm_edge.export.weights.writer import Rows
+from autoglm_edge.export.weights.rows import Rows
 
 from .calibration_set import CalibrationSet, Sample
 from .gram import Gram

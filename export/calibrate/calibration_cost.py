@@ -38,20 +38,20 @@ def calibration_operations(
     """
     text, vision = config.text, config.vision
     tokens, patches = samples.tokens, _patches(samples)
-    names = [weight.name for weight in weights]
-    decoder = any(not name.startswith(VISION) for name in names)
-    tower = any(name.startswith(VISION) for name in names)
+    columns = {weight.matrix: weight.columns for weight in weights}  # a matrix in slices counts once
+    decoder = any(not name.startswith(VISION) for name in columns)
+    tower = any(name.startswith(VISION) for name in columns)
     layer = text.hidden * (2 * text.heads + 2 * text.kv_heads) * text.head_dim
     layer += 3 * text.hidden * text.intermediate
     block = vision.hidden * (4 * vision.hidden + 3 * vision.out_hidden)
     once = 2.0 * decoder * tokens * text.layers * layer
     once += 2.0 * (decoder + tower) * patches * vision.depth * block
-    for weight in weights:
-        if weight.name.endswith(_SAME_INPUT) and not weight.name.endswith("gate_up_proj.weight"):
+    for name, width in columns.items():
+        if name.endswith(_SAME_INPUT) and not name.endswith("gate_up_proj.weight"):
             continue
-        rows = patches if weight.name.startswith(VISION) else tokens
-        panel = min(weight.columns, PANEL)
-        once += float(rows) * weight.columns * panel + _FACTOR_PASSES * float(panel) ** 2 * weight.columns
+        rows = patches if name.startswith(VISION) else tokens
+        panel = min(width, PANEL)
+        once += float(rows) * width * panel + _FACTOR_PASSES * float(panel) ** 2 * width
     return once
 
 

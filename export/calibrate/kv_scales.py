@@ -30,10 +30,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autoglm_edge.errors import ExportError
+from autoglm_edge.export.graphs.decoder import STEM
 from autoglm_edge.export.graphs.kv import SCALE_NAMES
-from autoglm_edge.export.graphs.text import STEM, plan_layer
+from autoglm_edge.export.graphs.text import plan_layer
 from autoglm_edge.export.source.config import ModelConfig
-from autoglm_edge.export.weights.writer import Rows
+from autoglm_edge.export.weights.rows import Rows
 
 from .calibration import CHUNK, first_states, run_layer
 from .calibration_set import CalibrationSet

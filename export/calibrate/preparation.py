@@ -22,7 +22,7 @@ from autoglm_edge.export.options import ExportOptions
 from autoglm_edge.export.source.checkpoint import Checkpoint, ModelConfig
 from autoglm_edge.export.source.shapes import HEAD, expected_tensors
 from autoglm_edge.export.weights.balance import Balanced
-from autoglm_edge.export.weights.writer import Rows, source_matrix
+from autoglm_edge.export.weights.rows import Rows, source_matrix
 from autoglm_edge.runtime.manifest import ImageSpec
 
 from .calibration_set import CalibrationSet, built_in_set, read_calibration

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from autoglm_edge.errors import ExportError
 from autoglm_edge.export.graphs.plan import PartPlan
-from autoglm_edge.export.weights.writer import Rows
+from autoglm_edge.export.weights.rows import Rows
 from autoglm_edge.runtime.machine.topology import usable_cores
 from autoglm_edge.runtime.session import shrinking_run
 

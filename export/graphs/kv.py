@@ -193,6 +193,32 @@ class Int8Cache(nn.Module):
         return wide
 
 
+@dataclass(frozen=True)
+class CacheForm:
+    """What a graph's cache holds, and how it is read.
+
+    Attributes:
+        kv: "float" or "int8".
+        reading: of a cache in integers.
+    """
+
+    kv: KV = "float"
+    reading: Reading = "floats"
+
+    def build(self, book: WeightBook, stem: str, text: TextConfig) -> FloatCache | Int8Cache:
+        """The cache of one attention."""
+        if self.kv == "float":
+            return FloatCache(text)
+        return Int8Cache(book, f"{stem}.cache", text, self.reading)
+
+    def dtype(self, activations: ir.DataType) -> ir.DataType:
+        """Of past and present."""
+        return activations if self.kv == "float" else ir.DataType.INT8
+
+
+FLOATS = CacheForm()
+
+
 def _operator(
     op: OpBuilder,
     text: TextConfig,

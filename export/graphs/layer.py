@@ -17,9 +17,10 @@ from autoglm_edge.quantize.formats import BlockFormat
 from autoglm_edge.quantize.recipe import Recipe, Rule
 from autoglm_edge.runtime.layerwise.index import LayerWeights, Matrix, Vector
 
+from .decoder import STEM
 from .kv import KV
 from .plan import PartPlan, Weight
-from .text import STEM, plan_layer
+from .text import plan_layer
 
 LAYER_GRAPH = "layer.onnx"
 LAYER_INDEX = "layers.json"
@@ -66,7 +67,7 @@ def plan_open_layer(
         stem = f"{STEM}.layers.{number}."
         matrices, vectors = [], []
         for weight in plan.weights:
-            source = stored[stem + weight.name.removeprefix(_OWN)]
+            source = stored[stem + weight.matrix.removeprefix(_OWN)]
             if weight.rows > 1:
                 matrices.append(_matrix(weight, source))
             else:
@@ -77,19 +78,24 @@ def plan_open_layer(
 
 
 def _matrix(weight: Weight, source: Weight) -> Matrix:
-    data, scales, *rest = source.pieces
+    """Where the rows of `weight` lie in `source`, which holds them and perhaps others of the same matrix."""
     form = source.quant
     assert isinstance(form, BlockFormat), "checked for all of them before"
+    skipped = weight.first_row - source.first_row
+    assert 0 <= skipped <= source.rows - weight.rows, "matrices of layers are stored whole"
+    data, scales, *rest = (
+        piece.offset + skipped * (piece.size_bytes // source.rows) for piece in source.pieces
+    )
     return Matrix(
         weight=weight.pieces[0].name,
         scales=weight.pieces[1].name,
-        rows=source.rows,
+        rows=weight.rows,
         columns=source.columns,
         bits=form.field_bits,
         block_size=form.block_size,
-        data_offset=data.offset,
-        scales_offset=scales.offset,
-        zero_points_offset=rest[0].offset if rest else -1,
+        data_offset=data,
+        scales_offset=scales,
+        zero_points_offset=rest[0] if rest else -1,
     )
 
 

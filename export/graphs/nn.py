@@ -23,7 +23,7 @@ from autoglm_edge.quantize.recipe import Recipe
 
 from .integers import Inputs, channel_pieces, product
 from .plan import IR_DTYPES as IR_DTYPES
-from .plan import Action, Dtype, PartPlan, Piece, Weight, borrow, lay_out
+from .plan import Action, Dtype, PartPlan, Piece, RowSlice, Weight, borrow, lay_out
 
 OPSET = 23
 """First opset with RotaryEmbedding and RMSNormalization."""
@@ -79,6 +79,7 @@ class Linear(nn.Module):
         bias: bool = False,
         source: str | None = None,
         permute: tuple[int, ...] | None = None,
+        part: RowSlice | None = None,
     ) -> None:
         """Plan the weights.
 
@@ -88,15 +89,16 @@ class Linear(nn.Module):
             columns: width of x.
             rows: width of y.
             bias: whether the checkpoint has `stem.bias`.
-            source: checkpoint tensor, when it is not `stem.weight` (a tied head).
+            source: checkpoint tensor, when it is not that of the matrix (a tied head).
             permute: axes of the checkpoint tensor before it is seen as (rows, columns).
+            part: which rows of a matrix these are; None for all of `stem.weight`.
         """
         super().__init__()
         self.columns, self.rows = columns, rows
         self.inputs = book.inputs
         self.accuracy_level = book.recipe.accuracy_level
-        source = source or f"{stem}.weight"
-        self.format = book.recipe.format_for(f"{stem}.weight")
+        matrix = part.matrix if part else f"{stem}.weight"
+        self.format = book.recipe.format_for(matrix)
         if self.format is None:
             pieces: tuple[Piece, ...] = (Piece(f"{stem}.weight", book.dtype, (columns, rows)),)
             self.weight = book.parameter(pieces[0])
@@ -110,8 +112,8 @@ class Linear(nn.Module):
             self.scales = book.parameter(pieces[1])
             self.zero_points = None if self.format.symmetric else book.parameter(pieces[2])
         action: Action = "transpose" if self.format is None else "quantize"
-        refine = book.recipe.refinement_for(f"{stem}.weight")
-        book.add(Weight(source, rows, columns, action, pieces, self.format, permute, refine))
+        refine = book.recipe.refinement_for(matrix)
+        book.add(Weight(source or matrix, rows, columns, action, pieces, self.format, permute, refine, part))
         self.bias = None
         if bias:
             piece = Piece(f"{stem}.bias", book.dtype, (rows,))

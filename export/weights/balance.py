@@ -34,7 +34,7 @@ from autoglm_edge.export.graphs.links import Link
 from autoglm_edge.export.graphs.plan import Dtype
 from autoglm_edge.runtime.machine.topology import usable_cores
 
-from .writer import Rows
+from .rows import Rows
 
 SCAN_BYTES = 1 << 20
 """Float32 bytes that each thread reads at once while it looks for the largest weights."""

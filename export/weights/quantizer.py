@@ -18,9 +18,10 @@ from autoglm_edge.errors import ExportError
 from autoglm_edge.export.calibrate.gram import Gram
 from autoglm_edge.export.graphs.plan import Weight
 from autoglm_edge.quantize.channels import ChannelFormat, QuantizedChannels, quantize_channels
-from autoglm_edge.quantize.formats import BlockFormat, Quantized, ScaleDtype, quantize_rows
+from autoglm_edge.quantize.formats import BlockFormat, Quantized, ScaleDtype
 from autoglm_edge.quantize.gptq import GptqFactor, factor, gptq_rows
 from autoglm_edge.quantize.refine import search_rows
+from autoglm_edge.quantize.rounding import quantize_rows
 
 RowsToIntegers = Callable[[NDArray[np.float32]], Quantized | QuantizedChannels]
 """Float32 rows (n, K) to integers. Rows do not depend on each other; called from several threads at once."""
@@ -43,7 +44,7 @@ class Inputs(Protocol):
     """What knows the inputs of matrices; `calibration.Calibration` does."""
 
     def take(self, name: str) -> Gram:
-        """The Gram matrix of a matrix's input, once."""
+        """The Gram matrix of a matrix's input, once, whatever the matrix is cut into."""
         ...
 
 
@@ -53,7 +54,7 @@ class RecipeQuantizer:
     def __init__(self, inputs: Inputs | None = None) -> None:
         """`inputs` is needed for weights that are refined by gptq."""
         self._inputs = inputs
-        self._last: tuple[weakref.ref[Gram], GptqFactor] | None = None
+        self._last: tuple[str, weakref.ref[Gram], GptqFactor] | None = None
 
     def prepare(self, weight: Weight) -> RowsToIntegers:
         """See `Quantizer`."""
@@ -69,13 +70,15 @@ class RecipeQuantizer:
         return partial(gptq_rows, fmt=fmt, factor=self._factor(weight), scale_dtype=scale_dtype)
 
     def _factor(self, weight: Weight) -> GptqFactor:
+        matrix = weight.matrix
         if self._inputs is None:
-            raise ExportError(f"{weight.name} is to be refined by gptq, but there is no calibration set")
-        gram = self._inputs.take(weight.name)
-        if self._last is None or self._last[0]() is not gram:  # q, k and v have the same input
+            raise ExportError(f"{matrix} is to be refined by gptq, but there is no calibration set")
+        if self._last is None or self._last[0] != matrix:  # slices of one matrix follow one another
+            gram = self._inputs.take(matrix)
+            known = self._last[2] if self._last and self._last[1]() is gram else None  # q, k, v: one input
             self._last = None  # not two factors at once
-            self._last = (weakref.ref(gram), factor(gram.panels))
-        return self._last[1]
+            self._last = (matrix, weakref.ref(gram), known or factor(gram.panels))
+        return self._last[2]
 
 
 def _format(weight: Weight) -> tuple[BlockFormat, ScaleDtype]:

@@ -4,7 +4,7 @@ In: a `PartPlan`, the checkpoint's tensors, a `Quantizer`, and which weights are
 data file, and a call for every batch of weights that has reached the disk. Knows nothing of recipes, graphs
 or bundles.
 
-Rows are independent of each other in every number format, so a tensor is cut into chunks of rows, which a
+Rows are independent of each other in every number format, so a weight is cut into chunks of rows, which a
 thread pool reads, converts and writes at their final offsets, in any order. The bytes do not depend on the
 number of threads. Memory in use is the chunks being worked on, whatever the size of a tensor, and what the
 quantizer holds.
@@ -19,7 +19,7 @@ from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,6 +33,7 @@ from autoglm_edge.quantize.gptq import TILE_ROWS
 from autoglm_edge.runtime.machine.topology import usable_cores
 
 from .quantizer import Quantizer, RecipeQuantizer, RowsToIntegers
+from .rows import Rows, read_rows, source_matrix
 
 BUDGET_BYTES = 32 << 20
 """Float32 values that all threads together hold; the integers made of them come on top."""
@@ -58,57 +59,23 @@ ROUNDS_TO_INF = {"float32": math.inf, "float16": 65520.0}
 _fdatasync: Callable[[int], None] = getattr(os, "fdatasync", os.fsync)
 
 
-class Rows(Protocol):
-    """What the writer needs of a checkpoint; `tensors.TensorStore` has it."""
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Shape as stored."""
-        ...
-
-    def rows(
-        self, name: str, start: int, stop: int, *, permute: tuple[int, ...] | None = None
-    ) -> NDArray[np.float32]:
-        """Rows start..stop of the (permuted) tensor seen as (first dimension, product of the others)."""
-        ...
-
-    def release(self, name: str) -> None:
-        """Drop mapped pages of a tensor that is done with."""
-        ...
-
-
 @dataclass(frozen=True)
 class Chunk:
-    """Rows start..stop of one weight, and what makes integers of them if it is to be quantized."""
+    """Rows start..stop of one weight, counted from its own first one.
+
+    Attributes:
+        weight: of the plan.
+        start: first row.
+        stop: the row after the last.
+        last: whether these are the weight's last.
+        to_integers: makes integers of them, if it is to be quantized.
+    """
 
     weight: Weight
     start: int
     stop: int
     last: bool
     to_integers: RowsToIntegers | None
-
-
-def source_matrix(weight: Weight, shape: tuple[int, ...]) -> tuple[int, int]:
-    """(rows, columns) in which the checkpoint hands out a weight's tensor of this shape.
-
-    Raises:
-        ExportError: the plan expects another shape.
-    """
-    if weight.permute is not None:
-        if sorted(weight.permute) != list(range(len(shape))):
-            raise ExportError(
-                f"{weight.source} has the shape {shape}, which cannot be permuted by {weight.permute}"
-            )
-        shape = tuple(shape[axis] for axis in weight.permute)
-    rows, columns = (shape[0], math.prod(shape[1:])) if shape else (1, 1)
-    fits = rows * columns == weight.rows * weight.columns
-    if weight.action != "copy":  # a copy keeps the order of values, so only their number counts
-        fits = (rows, columns) == (weight.rows, weight.columns)
-    if not fits:
-        raise ExportError(
-            f"{weight.source} is {rows} x {columns} in the checkpoint, the graph needs {weight.rows} x "
-            f"{weight.columns}; the checkpoint does not belong to its config.json"
-        )
-    return rows, columns
 
 
 def chunk_rows(weight: Weight, rows: int, columns: int, workers: int) -> int:
@@ -277,7 +244,7 @@ class _Flush:
 
 def _write_chunk(handle: int, store: Rows, chunk: Chunk) -> None:
     weight, start, stop = chunk.weight, chunk.start, chunk.stop
-    values = store.rows(weight.source, start, stop, permute=weight.permute)
+    values = read_rows(store, weight, start, stop)
     if weight.action == "copy":
         (piece,) = weight.pieces
         stored = _cast(values, piece, weight, start)
@@ -297,9 +264,9 @@ def _write_quantized(handle: int, values: NDArray[np.float32], chunk: Chunk) -> 
     try:
         made = to_integers(values)
     except QuantError as error:
-        stop = start + len(values)
+        first = weight.first_row + start
         raise QuantError(
-            f"{weight.source}, counted from row {start} of rows {start} to {stop}: {error}"
+            f"{weight.source}, counted from row {first} of rows {first} to {first + len(values)}: {error}"
         ) from error
     if isinstance(made, QuantizedChannels):
         _write_channels(handle, made, chunk)
@@ -382,7 +349,8 @@ def _cast(values: NDArray[np.float32], piece: Piece, weight: Weight, start: int)
     if not (values.max(initial=0) < limit and values.min(initial=0) > -limit):  # also fails on nan
         row, column = (int(index) for index in np.argwhere(~(np.abs(values) < limit))[0])
         value = float(values[row, column])
-        where = f"{weight.source} holds {value:.6g} at row {start + row}, column {column}"
+        row += weight.first_row + start
+        where = f"{weight.source} holds {value:.6g} at row {row}, column {column}"
         if math.isfinite(value):
             raise ExportError(
                 f"{where}, beyond the {FLOAT16_MAX:.0f} of float16; export with float32 activations"
