@@ -14,12 +14,13 @@ from autoglm_edge.measure.machine import Machine
 from autoglm_edge.runtime.bundle import Bundle
 
 from .budget import Budget
+from .child_result import ParityResult
 from .device import Device
 from .forecast import Forecast, PhaseError
 from .need import PHASES
 from .projection import Projection
 from .report.words import parity_text, plain, projection_rows, reach_rows, size
-from .trace import ParityResult, Trace
+from .trace import Trace
 from .verdict import LABELS, Verdict
 
 

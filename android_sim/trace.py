@@ -1,4 +1,4 @@
-"""What a run inside the limits left behind: samples of its memory, its phases, how it ended, what it said.
+"""What a run inside the limits left behind: samples of its memory, its phases, how it ended, what held it.
 
 In: nothing. Out: frozen records, passed from the runner to whoever judges them. Knows no device, reads no
 file and starts no process. Times are seconds since the start of the child, on one monotonic clock; sizes are
@@ -7,18 +7,19 @@ bytes.
     Trace
     ├── samples     Sample, 20 to 50 a second
     ├── phases      Phase, in order: start, load, image, prefill, decode, score, done
-    ├── result      ChildResult: tokens, text, times, plan, parity; None if the child never got there
+    ├── result      ChildResult (child_result.py); None if the child never got there
     └── enforced    Enforced: what held the child, and what that cannot do
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
 from autoglm_edge.errors import SimulationError
+
+from .child_result import ChildResult
 
 EnforcementKind = Literal["cgroup_v2", "cgroup_v1", "rlimit_data", "watchdog", "none"]
 Ending = Literal["exited", "killed", "timeout", "interrupted"]
@@ -88,120 +89,6 @@ class Phase:
     def contains(self, at_s: float) -> bool:
         """Whether a moment lies in it; its end belongs to the next one."""
         return self.start_s <= at_s and (self.stop_s is None or at_s < self.stop_s)
-
-
-@dataclass(frozen=True)
-class PlanFacts:
-    """How the runtime ran the bundle inside the limits, and why; see `runtime.plan.ModelPlan`.
-
-    Attributes:
-        prefill: what read the prompt.
-        prefill_reason: a part of a sentence, as are the others.
-        weights: where the decoder's weights were.
-        weights_reason: why.
-        threads: of one operator.
-        threads_reason: why.
-    """
-
-    prefill: str
-    prefill_reason: str
-    weights: str
-    weights_reason: str
-    threads: int
-    threads_reason: str
-
-
-@dataclass(frozen=True)
-class ParityResult:
-    """The bundle inside the limits against a recorded reference, over positions of the recorded answers.
-
-    Attributes:
-        cases: prompts that were compared.
-        positions: scored.
-        kl_mean: divergence in nats.
-        kl_p99: its 99th percentile.
-        top1_agreement: share of positions with the same likeliest token, 0 to 1.
-        same_answers: greedy answers that are the recorded ones.
-        taps: recorded taps that hit their box.
-        taps_lost: those of them that miss it here.
-        vision_cosine: mean over image features; None without images.
-        faults: inputs that differ from the recorded ones, a sentence each.
-    """
-
-    cases: int
-    positions: int
-    kl_mean: float
-    kl_p99: float
-    top1_agreement: float
-    same_answers: int
-    taps: int
-    taps_lost: int
-    vision_cosine: float | None
-    faults: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class ChildResult:
-    """What the child says when it is through.
-
-    Attributes:
-        prompt_tokens: image tokens included.
-        image_tokens: placeholders of all images.
-        tokens: sampled, the one that ended the answer included.
-        text: the answer.
-        token_ids: of the answer.
-        load_s: opening the bundle.
-        image_s: reading and encoding images.
-        prefill_s: running the prompt.
-        decode_s: all tokens after the first.
-        decoded_tokens: those that decode_s covers.
-        weights_bytes: of the decoder, in the bundle.
-        plan: how it ran.
-        parity: None without a reference.
-    """
-
-    prompt_tokens: int
-    image_tokens: int
-    tokens: int
-    text: str
-    token_ids: tuple[int, ...]
-    load_s: float
-    image_s: float
-    prefill_s: float
-    decode_s: float
-    decoded_tokens: int
-    weights_bytes: int
-    plan: PlanFacts
-    parity: ParityResult | None = None
-
-    @property
-    def decode_tokens_per_s(self) -> float:
-        """Answer tokens per second on this host, the first one not counted; 0 if there was no second."""
-        return self.decoded_tokens / self.decode_s if self.decode_s > 0 else 0.0
-
-    @property
-    def prefill_tokens_per_s(self) -> float:
-        """Prompt tokens per second on this host, image encoding not counted."""
-        return self.prompt_tokens / self.prefill_s if self.prefill_s > 0 else 0.0
-
-    def to_json(self) -> dict[str, Any]:
-        """As a JSON object, names as here."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, document: object) -> ChildResult:
-        """Read what `to_json` gave, from a child that may be broken.
-
-        Raises:
-            SimulationError: names or types are other ones.
-        """
-        values = _checked(cls, document, "result")
-        plan = PlanFacts(**_checked(PlanFacts, values["plan"], "plan"))
-        parity = values["parity"]
-        if parity is not None:
-            found = _checked(ParityResult, parity, "parity")
-            parity = ParityResult(**found | {"faults": tuple(str(item) for item in found["faults"])})
-        return cls(**values | {"token_ids": tuple(values["token_ids"]), "plan": plan, "parity": parity})
 
 
 @dataclass(frozen=True)
@@ -381,38 +268,3 @@ class Trace:
             return Peak(0, 0.0, "")
         sample = max(samples, key=lambda item: int(getattr(item, name)))
         return Peak(int(getattr(sample, name)), sample.at_s, self.phase_at(sample.at_s))
-
-
-_CHECKS: dict[str, tuple[type, ...]] = {
-    "int": (int,),
-    "float": (int, float),
-    "float | None": (int, float, type(None)),
-    "str": (str,),
-    "tuple[int, ...]": (list, tuple),
-    "tuple[str, ...]": (list, tuple),
-}
-"""What JSON may hold for a field, by its annotation; other fields are records, checked on their own."""
-
-
-def _checked(kind: type[Any], document: object, what: str) -> dict[str, Any]:
-    """The values of a record, by name.
-
-    Raises:
-        SimulationError: names or types are other ones.
-    """
-    names = {field.name for field in fields(kind)}
-    if not isinstance(document, Mapping) or set(document) != names:
-        found = sorted(document) if isinstance(document, Mapping) else type(document).__name__
-        raise SimulationError(f"the child's {what} has {found}, must have {sorted(names)}")
-    for field in fields(kind):
-        value, allowed = document[field.name], _CHECKS.get(str(field.type))
-        wrong = allowed is not None and not isinstance(value, allowed)
-        if wrong or isinstance(value, bool):
-            raise SimulationError(f"the child's {what} has {field.name} {value!r}, must be {field.type}")
-        if str(field.type) == "int" and value < 0:
-            raise SimulationError(f"the child's {what} has {field.name} {value}, must not be negative")
-        if field.type == "tuple[int, ...]" and not all(type(item) is int for item in value):
-            raise SimulationError(f"the child's {what} has {field.name} {value!r}, must be {field.type}")
-        if str(field.type) == "float" and isinstance(value, float) and math.isinf(value):
-            raise SimulationError(f"the child's {what} has {field.name} {value}, must be finite")
-    return dict(document)

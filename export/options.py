@@ -1,7 +1,7 @@
 """What may be chosen about an export, checked.
 
-In: what a caller names. Out: `ExportOptions`. Knows nothing of checkpoints; what depends on one, such as the
-smallest image budget, is checked once it is open.
+In: a recipe, and what a recipe does not say. Out: `ExportOptions`. Knows nothing of checkpoints; what depends
+on one, such as the smallest image budget, is checked once it is open.
 """
 
 from __future__ import annotations
@@ -10,9 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from autoglm_edge.errors import ExportError
-from autoglm_edge.quantize.recipe import Activations, Prefill, Recipe
-from autoglm_edge.quantize.recipe_reading import resolve
-from autoglm_edge.quantize.rule import Refinement
+from autoglm_edge.quantize.recipe import Recipe
 
 from .graphs.kv import KV, KVS
 
@@ -49,39 +47,3 @@ class ExportOptions:
                 f"recipe {self.recipe.name} refines nothing by gptq, so the calibration set "
                 f"{self.calibration} would have no effect; leave it out, or add --refine gptq or --kv int8"
             )
-
-    @classmethod
-    def choose(
-        cls,
-        *,
-        precision: str,
-        recipe: str | Path | Recipe | None,
-        block_size: int | None,
-        symmetric: bool | None,
-        activations: Activations | None,
-        accuracy_level: int | None,
-        max_image_tokens: int | None,
-        refine: Refinement | None = None,
-        prefill: Prefill | None = None,
-        calibration: str | Path | None = None,
-        kv: KV = "float",
-        resume: bool = False,
-        force: bool = False,
-    ) -> ExportOptions:
-        """Make options of what a caller names; a recipe goes before a precision.
-
-        Raises:
-            QuantError: unknown precision or recipe, or a value that does not fit it.
-            ExportError: a value out of range.
-        """
-        base = recipe if isinstance(recipe, Recipe) else resolve(precision if recipe is None else recipe)
-        changed = base.with_(
-            block_size=block_size,
-            symmetric=symmetric,
-            activations=activations,
-            accuracy_level=accuracy_level,
-            refine=refine,
-            prefill=prefill,
-        )
-        path = None if calibration is None else Path(calibration).expanduser()
-        return cls(changed, max_image_tokens, resume, force, path, kv)

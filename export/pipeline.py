@@ -16,15 +16,11 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import os
 import shutil
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
-from autoglm_edge.embedded import POCKET_NAME, pocket_path
-from autoglm_edge.errors import CheckpointError, ExportError
-from autoglm_edge.quantize.recipe import Activations, Prefill, Recipe
-from autoglm_edge.quantize.rule import Refinement
+from autoglm_edge.errors import ExportError
 from autoglm_edge.runtime.bundle import Bundle
 from autoglm_edge.runtime.manifest import MANIFEST_NAME
 
@@ -33,12 +29,11 @@ from .calibrate.kv_scales import Scales, find_scales, is_scale
 from .calibrate.preparation import prepare
 from .contents import Job, build_manifest, small_files
 from .forecast import Estimate, estimate_job
-from .graphs.kv import KV
 from .graphs.plan import PartPlan, Weight
 from .journal import Entries, Journal, read_journal
 from .options import ExportOptions
-from .progress import Progress, ProgressEvent, silent
-from .source.checkpoint import Checkpoint
+from .progress import Progress, ProgressEvent
+from .request import ExportRequest, called_with
 from .staging import MARGIN_BYTES, Staging, check_apart, check_output, nearest_folder, write_file
 from .weights.quantizer import RecipeQuantizer
 from .weights.writer import write_part
@@ -56,26 +51,8 @@ HASH_BLOCK_BYTES = 1 << 20
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
-def export(
-    model: str | Path | None,
-    output: str | Path,
-    *,
-    precision: str = "int4",
-    block_size: int | None = None,
-    symmetric: bool | None = None,
-    recipe: str | Path | Recipe | None = None,
-    max_image_tokens: int | None = None,
-    revision: str | None = None,
-    activations: Activations | None = None,
-    accuracy_level: int | None = None,
-    refine: Refinement | None = None,
-    prefill: Prefill | None = None,
-    calibration: str | Path | None = None,
-    kv: KV = "float",
-    resume: bool = False,
-    force: bool = False,
-    progress: Progress | None = None,
-) -> Bundle:
+@called_with(ExportRequest)
+def export(request: ExportRequest) -> Bundle:  # noqa: D417  callers see the fields of the request
     """Make a bundle of a checkpoint.
 
     While it runs, files grow in `output` + ".partial", and `output` appears in one step at the end. If an
@@ -113,100 +90,29 @@ def export(
         QuantError: the recipe, or a weight that it cannot take.
         ExportError: output, disk space, or the request itself.
     """
-    options = ExportOptions.choose(
-        precision=precision,
-        recipe=recipe,
-        block_size=block_size,
-        symmetric=symmetric,
-        activations=activations,
-        accuracy_level=accuracy_level,
-        max_image_tokens=max_image_tokens,
-        refine=refine,
-        prefill=prefill,
-        calibration=calibration,
-        kv=kv,
-        resume=resume,
-        force=force,
-    )
-    tell = progress or silent
-    place = _place(output)
+    options, place, tell = request.options(), request.place(), request.tell
     # Said before the checkpoint is opened, which can mean a download.
     if not Staging(place).folder.exists():
-        check_output(place, force=force)
-    checkpoint = _open(model, revision, tell)
+        check_output(place, force=options.force)
+    checkpoint = request.open_checkpoint()
     check_apart(place, checkpoint.path)
     _carry_out(prepare(checkpoint, options), place, options, tell)
-    tell(ProgressEvent("done", str(output), 0, 0))
-    return Bundle.open(Path(output).expanduser())
+    tell(ProgressEvent("done", str(request.output), 0, 0))
+    return Bundle.open(Path(request.output).expanduser())
 
 
-def estimate(
-    model: str | Path | None,
-    output: str | Path,
-    *,
-    precision: str = "int4",
-    block_size: int | None = None,
-    symmetric: bool | None = None,
-    recipe: str | Path | Recipe | None = None,
-    max_image_tokens: int | None = None,
-    revision: str | None = None,
-    activations: Activations | None = None,
-    accuracy_level: int | None = None,
-    refine: Refinement | None = None,
-    prefill: Prefill | None = None,
-    calibration: str | Path | None = None,
-    kv: KV = "float",
-    resume: bool = False,
-    force: bool = False,
-    progress: Progress | None = None,
-) -> Estimate:
+@called_with(ExportRequest)
+def estimate(request: ExportRequest) -> Estimate:
     """Say what `export` with the same arguments would write, need and take, without writing anything.
 
     Raises:
         CheckpointError: as in `export`. QuantError: as in `export`. ExportError: as in `export`, but for an
         output that exists and too little disk space, which the estimate tells.
     """
-    options = ExportOptions.choose(
-        precision=precision,
-        recipe=recipe,
-        block_size=block_size,
-        symmetric=symmetric,
-        activations=activations,
-        accuracy_level=accuracy_level,
-        max_image_tokens=max_image_tokens,
-        refine=refine,
-        prefill=prefill,
-        calibration=calibration,
-        kv=kv,
-        resume=resume,
-        force=force,
-    )
-    place = _place(output)
-    checkpoint = _open(model, revision, progress or silent)
+    options, place = request.options(), request.place()
+    checkpoint = request.open_checkpoint()
     check_apart(place, checkpoint.path)
     return estimate_job(prepare(checkpoint, options), place)
-
-
-def _place(output: str | Path) -> Path:
-    """The output with all links followed.
-
-    Raises:
-        ExportError: no name, or one that no file can have.
-    """
-    try:
-        if str(output).strip() and "\0" not in str(output):
-            return Path(os.path.realpath(Path(output).expanduser()))
-    except RuntimeError as error:  # ~user of an unknown user
-        raise ExportError(f"{str(output)!r} cannot be an output folder ({error})") from error
-    raise ExportError(f"the output is {str(output)!r}; name a folder that does not exist yet")
-
-
-def _open(model: str | Path | None, revision: str | None, tell: Progress) -> Checkpoint:
-    """Open what is to be exported; None is the embedded model, even beside a folder of its name."""
-    if model is None and revision is not None:
-        raise CheckpointError(f"the embedded model has no revision {revision!r}; name the model that has it")
-    tell(ProgressEvent("checkpoint", str(POCKET_NAME if model is None else model), 0, 0))
-    return Checkpoint.open(pocket_path() if model is None else model, revision)
 
 
 def _carry_out(job: Job, output: Path, options: ExportOptions, tell: Progress) -> None:
@@ -349,7 +255,7 @@ def _calibration(job: Job, on_disk: Mapping[str, set[str]], tell: Progress) -> C
     if job.calibration is None:
         return None
     wanted = [
-        weight.name
+        weight.matrix
         for plan in job.plans
         for weight in plan.weights
         if weight.refine == "gptq" and weight.pieces[0].name not in on_disk[plan.name]

@@ -10,8 +10,6 @@ and the system may drop them at any time; swapped pages (VmSwap) were anonymous.
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import subprocess
 import sys
 import threading
@@ -172,18 +170,6 @@ class MemorySampler:
     def _watch(self) -> None:
         while not self._stop.wait(self._interval):
             self.sample()
-
-
-def release_unused() -> None:
-    """Give back what this process no longer uses, so that it is not counted as what comes next.
-
-    Where the C library cannot be asked, only Python's own garbage goes.
-    """
-    gc.collect()
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
-    except (AttributeError, OSError, TypeError):  # another C library, or a system without one to open
-        return
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,8 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autoglm_edge.errors import BundleError, DependencyError, EdgeError, ParityError
-from autoglm_edge.runtime.manifest import ImageSpec
-from autoglm_edge.runtime.prompt.template import ImageLayout
+from autoglm_edge.runtime.record import read_record
 
 from .case import Box, Case, Fingerprint
 from .rows import Rows
@@ -280,36 +278,10 @@ class _CaseReader:
 
 
 def _fingerprint(document: Any) -> Fingerprint:
-    values = dict(document)
-    values["image"] = _dataclass_of(ImageSpec, dict(values["image"]))
-    fingerprint = _dataclass_of(Fingerprint, values)
-    assert isinstance(fingerprint, Fingerprint)
-    if fingerprint.vocab < 1 or fingerprint.image.merge_size < 1 or fingerprint.image.patch_size < 1:
-        raise ValueError("a size below 1")
-    if fingerprint.image_layout not in typing.get_args(ImageLayout):
-        raise ValueError(f"image_layout {fingerprint.image_layout!r}")
+    fingerprint = read_record(Fingerprint, document, "fingerprint")
+    if fingerprint.vocab < 1:
+        raise ValueError(f"fingerprint.vocab is {fingerprint.vocab}, must be at least 1")
     return fingerprint
-
-
-def _dataclass_of(kind: Any, values: dict[str, Any]) -> Any:
-    """Build a flat dataclass from JSON values, which must have exactly its keys and types."""
-    hints = typing.get_type_hints(kind)
-    if set(values) != set(hints):
-        raise ValueError(f"{kind.__name__} has the keys {sorted(values)}")
-    for name, value in values.items():
-        hint = hints[name]
-        if typing.get_origin(hint) is tuple:
-            if len(value) != 3 or not all(isinstance(item, float | int) for item in value):
-                raise ValueError(f"{name} is {value!r}")
-            values[name] = tuple(float(item) for item in value)
-        elif typing.get_origin(hint) is dict:
-            if not all(isinstance(item, str) for item in [*value, *value.values()]):
-                raise ValueError(f"{name} is {value!r}")
-        elif hint in (int, float, str) or hint == str | None:
-            kinds = (float, int) if hint is float else hint
-            if not isinstance(value, kinds) or isinstance(value, bool):
-                raise ValueError(f"{name} is {value!r}")
-    return kind(**values)
 
 
 def _entry(document: Any) -> dict[str, Any]:

@@ -7,11 +7,12 @@ from .channels import (
     dequantize_channels,
     quantize_channels,
 )
-from .formats import BlockFormat, Quantized, dequantize_rows, quantize_rows
+from .formats import BlockFormat, Quantized, dequantize_rows
 from .gptq import GptqFactor, factor, gptq_rows
 from .recipe import PRESETS, Recipe, Rule
 from .recipe_reading import read_recipe, resolve
 from .refine import search_rows
+from .rounding import quantize_rows
 from .rule import Refinement
 
 __all__ = [

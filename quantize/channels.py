@@ -24,7 +24,8 @@ from numpy.typing import NDArray
 
 from autoglm_edge.errors import QuantError
 
-from .formats import BlockFormat, check_rows, check_values, divisors, round_scales
+from .formats import BlockFormat
+from .rounding import check_rows, check_values, divisors, round_scales
 
 TOP = 127
 """The largest integer. -128 is not used, so that a matrix and its negative are stored alike."""

@@ -28,8 +28,9 @@ from numpy.typing import NDArray
 
 from autoglm_edge.errors import QuantError
 
-from .formats import BlockFormat, Chunks, Quantized, ScaleDtype, check_rows, divisors, unpack_nibbles
+from .formats import BlockFormat, Quantized, ScaleDtype, unpack_nibbles
 from .refine import search_rows
+from .rounding import Chunks, check_rows, divisors
 
 _F32 = NDArray[np.float32]
 

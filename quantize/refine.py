@@ -23,16 +23,8 @@ from numpy.typing import NDArray
 
 from autoglm_edge.errors import QuantError
 
-from .formats import (
-    SMALLEST_SCALE,
-    BlockFormat,
-    Chunks,
-    Quantized,
-    Rounder,
-    ScaleDtype,
-    check_rows,
-    divisors,
-)
+from .formats import BlockFormat, Quantized, ScaleDtype
+from .rounding import SMALLEST_SCALE, Chunks, Rounder, check_rows, divisors
 
 _F32 = NDArray[np.float32]
 

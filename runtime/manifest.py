@@ -11,13 +11,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import types
-import typing
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
 
 from autoglm_edge.errors import BundleError, RequestError
+
+from .record import read_record
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
@@ -372,9 +372,10 @@ class Manifest:
             raise BundleError(
                 f"{MANIFEST_NAME} is not JSON ({error}); export the checkpoint again"
             ) from error
-        manifest = _build(cls, document, MANIFEST_NAME)
-        assert isinstance(manifest, Manifest)
-        return manifest
+        try:
+            return read_record(cls, document, MANIFEST_NAME)
+        except ValueError as error:
+            raise BundleError(f"{error}; export the checkpoint again with this release") from error
 
 
 def _finite(text: str) -> float:
@@ -394,54 +395,3 @@ def _at_least(least: int, where: str, **values: int) -> None:
     for name, value in values.items():
         if value < least:
             raise BundleError(f"{MANIFEST_NAME}: {where}{name} is {value}, must be at least {least}")
-
-
-def _build(kind: Any, value: Any, where: str) -> Any:
-    """Make `kind` (a dataclass, a container of one, or a plain type) out of parsed JSON."""
-    origin = typing.get_origin(kind)
-    if dataclasses.is_dataclass(kind):
-        return _build_dataclass(kind, value, where)
-    if origin is tuple:
-        inner = typing.get_args(kind)
-        if not isinstance(value, list) or (inner[-1] is not ... and len(value) != len(inner)):
-            raise BundleError(
-                f"{where} is {value!r}, must be a list" + ("" if inner[-1] is ... else f" of {len(inner)}")
-            )
-        return tuple(_build(inner[0], item, f"{where}[{index}]") for index, item in enumerate(value))
-    if origin is dict:
-        if not isinstance(value, dict):
-            raise BundleError(f"{where} is {value!r}, must be an object")
-        inner = typing.get_args(kind)
-        return {key: _build(inner[1], item, f"{where}.{key}") for key, item in value.items()}
-    if origin in (typing.Union, types.UnionType):
-        if value is None:
-            return None
-        kind = next(option for option in typing.get_args(kind) if option is not type(None))
-        return _build(kind, value, where)
-    if kind is Any:
-        return value
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        try:
-            return float(value)
-        except OverflowError as error:
-            raise BundleError(f"{where} is too large a number") from error
-    if not isinstance(value, kind) or isinstance(value, bool) is not (kind is bool):
-        raise BundleError(f"{where} is {value!r}, must be of type {kind.__name__}")
-    return value
-
-
-def _build_dataclass(kind: Any, value: Any, where: str) -> Any:
-    if not isinstance(value, dict):
-        raise BundleError(f"{where} is {value!r}, must be an object")
-    hints = typing.get_type_hints(kind)
-    known = {item.name: item for item in dataclasses.fields(kind)}
-    if extra := sorted(set(value) - set(known)):
-        raise BundleError(f"{where} has the unknown key {extra[0]!r}; it was written by another release")
-    optional = {
-        name
-        for name, item in known.items()
-        if item.default is not dataclasses.MISSING or item.default_factory is not dataclasses.MISSING
-    }
-    if missing := sorted(set(known) - set(value) - optional):
-        raise BundleError(f"{where} lacks the key {missing[0]!r}; export the checkpoint again")
-    return kind(**{name: _build(hints[name], item, f"{where}.{name}") for name, item in value.items()})

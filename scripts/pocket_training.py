@@ -1,4 +1,4 @@
-"""The training of the pocket model: a list of cycles, each with its lessons.
+"""The training of the pocket model: the cycles of a recipe, each with its lessons.
 
 In: a tokenizer, a `Recipe`, and perhaps weights to begin with. Out: weights in a work folder. Vision cycles
 teach the vision tower alone to name and place what it sees; joint cycles train everything on packed
@@ -12,135 +12,27 @@ from __future__ import annotations
 import os
 import random
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F  # noqa: N812
-from pocket_model import PocketForward, make_model, make_optimizers, pointing_loss, rate_factor, reading_loss
+from pocket_batches import Schedule, answered, collate, make_rows
+from pocket_lessons import alignment_loss, cell_loss, place_loss, pointing_loss, reading_loss
+from pocket_model import PocketForward, make_model
+from pocket_optimizers import make_optimizers, rate_factor
 from pocket_pool import BACKGROUND, GRIDS, Pool, open_pool
-from pocket_questions import Question, inside, tapped_point
-from pocket_rows import Ids, Lesson, Row, RowMaker, shuffled
+from pocket_questions import inside, tapped_point
+from pocket_recipe import JointCycle, Recipe, VisionCycle
+from pocket_rows import RowMaker
 from pocket_tokenizer import VOCABULARY_SIZE
-from pocket_vocabulary import BUTTONS, LABELS
+from pocket_vocabulary import LABELS
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-Batch = dict[str, Tensor]
-SMALL = (0.0, 0.0, 1.0)
-ALL = (0.45, 0.25, 0.3)
-
-
-@dataclass(frozen=True)
-class VisionCycle:
-    """One cycle of the vision tower alone.
-
-    Attributes:
-        steps: its length.
-        class_weight: extra weight of naming what is seen.
-        everywhere: whether to name it in cells that show none of its text.
-        grids: shares of the image sizes, as in `pocket_pool.GRIDS`.
-        rate: peak rate of the matrices.
-    """
-
-    steps: int
-    class_weight: float
-    everywhere: bool
-    grids: tuple[float, ...] = SMALL
-    rate: float = 0.02
-
-
-@dataclass(frozen=True)
-class JointCycle:
-    """One cycle of everything: how long, and which lessons.
-
-    Attributes:
-        steps: taken, of
-        planned: steps that the learning rate is planned for.
-        pointing: weight of looking from a label to where it is shown.
-        placing: weight of carrying its place on to the digits.
-        with_absent: adds things that are not shown and the states of switches to that.
-        button_share: of the screens, drawn among those with buttons.
-        grids: shares of the image sizes, as in `pocket_pool.GRIDS`.
-        longest: tokens of the longest system prompts.
-        history_share: of the batches, with earlier turns.
-        vision_rate: peak rate of the vision matrices.
-        rate: a factor on all rates.
-    """
-
-    steps: int
-    planned: int
-    pointing: float = 0.0
-    placing: float = 0.0
-    with_absent: bool = False
-    button_share: float = 0.0
-    grids: tuple[float, ...] = SMALL
-    longest: int = 40
-    history_share: float = 0.0
-    vision_rate: float = 0.01
-    rate: float = 1.0
-
-
-Cycle = VisionCycle | JointCycle
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """Everything that decides the weights, apart from the code: steps, seeds and rates.
-
-    One step takes `batch` screens over all workers. `screens` are drawn for each image size. `second` is the
-    index of the first cycle of the second training, which may begin with the weights of another folder.
-    """
-
-    seed: int = 2
-    screens: tuple[int, ...] = (12000, 6000, 8000)
-    workers: int = 2
-    batch: int = 16
-    cycles: tuple[Cycle, ...] = (
-        VisionCycle(1400, 0.0, True),
-        VisionCycle(900, 2.0, True),
-        VisionCycle(500, 2.0, False),
-        JointCycle(800, 1100),
-        JointCycle(300, 600, pointing=0.5),
-        JointCycle(600, 600, pointing=0.5, placing=0.3),
-        JointCycle(500, 500, pointing=0.5, placing=0.3, with_absent=True),
-        JointCycle(500, 500, pointing=0.5, placing=0.3, with_absent=True, button_share=0.6, vision_rate=0.02),
-        JointCycle(500, 500, pointing=0.5, placing=0.3, with_absent=True, button_share=0.4, rate=0.5),
-        VisionCycle(300, 2.0, False, grids=ALL, rate=0.01),
-        VisionCycle(500, 2.0, False, grids=(0.5, 0.3, 0.2)),
-        JointCycle(
-            1600,
-            1800,
-            pointing=0.5,
-            placing=0.3,
-            with_absent=True,
-            button_share=0.3,
-            grids=ALL,
-            longest=2400,
-            history_share=0.3,
-        ),
-        JointCycle(
-            900,
-            900,
-            pointing=0.5,
-            placing=0.3,
-            with_absent=True,
-            button_share=0.3,
-            grids=ALL,
-            longest=2200,
-            history_share=0.25,
-            rate=0.5,
-        ),
-    )
-    second: int = 9
-    checkpoint_every: int = 200
-    report_every: int = 20
-    compiled: bool = True
+VALID_SCREENS = 192
 
 
 def train(recipe: Recipe, tokenizer_folder: Path, work: Path, start: Path | None = None) -> Path:
@@ -159,9 +51,6 @@ def train(recipe: Recipe, tokenizer_folder: Path, work: Path, start: Path | None
         open_pool(work / "pool", f"valid-{recipe.seed}", VALID_SCREENS, grid, recipe.workers)
     torch.multiprocessing.spawn(_worker, (recipe, tokenizer_folder, work, start), recipe.workers)
     return work / f"cycle-{len(recipe.cycles) - 1}.pt"
-
-
-VALID_SCREENS = 192
 
 
 def _worker(rank: int, recipe: Recipe, tokenizer_folder: Path, work: Path, start: Path | None) -> None:
@@ -194,83 +83,6 @@ def _worker(rank: int, recipe: Recipe, tokenizer_folder: Path, work: Path, start
             dist.barrier()
         trained.load_state_dict(torch.load(file))
     dist.destroy_process_group()
-
-
-class Schedule:
-    """Which screens the steps of a cycle take: one image size per step, each pool in shuffled order."""
-
-    def __init__(
-        self,
-        pools: list[Pool],
-        shares: tuple[float, ...],
-        steps: int,
-        batch: int,
-        seed: int,
-        button_share: float,
-    ) -> None:
-        self._pools, self._batch = pools, batch
-        rng = np.random.default_rng(seed)
-        self._grids = rng.choice(len(pools), steps, p=shares)
-        self._starts = np.zeros(steps, np.int64)
-        self._orders: list[Ids] = []
-        for grid, pool in enumerate(pools):
-            mine = self._grids == grid
-            self._starts[mine] = batch * np.arange(mine.sum())
-            order = shuffled(len(pool.pixels), max(1, int(mine.sum()) * batch), seed + grid)
-            self._orders.append(_favour_buttons(pool, order, button_share, rng))
-
-    def pool(self, step: int) -> Pool:
-        """The pool of a step."""
-        return self._pools[self._grids[step]]
-
-    def indices(self, step: int, rank: int, share: int) -> Ids:
-        """A worker's screens of a step, `share` of them."""
-        first = self._starts[step] + rank * share
-        return self._orders[self._grids[step]][first : first + share]
-
-
-def _favour_buttons(pool: Pool, order: Ids, share: float, rng: np.random.Generator) -> Ids:
-    """Replace a share of the scheduled screens by screens with buttons."""
-    if not share:
-        return order
-    classes = [LABELS.index(label) for label in BUTTONS]
-    candidates = np.flatnonzero(np.isin(pool.cells[..., 0], classes).any(1))
-    return np.where(rng.random(len(order)) < share, rng.choice(candidates, len(order)), order)
-
-
-def make_rows(maker: RowMaker, pool: Pool, indices: Ids, lesson: Lesson, seeds: list[str]) -> list[Row]:
-    """A row with fresh questions for each screen."""
-    return [
-        maker.make(pool.screen(int(index)), random.Random(seed), lesson)
-        for index, seed in zip(indices, seeds, strict=True)
-    ]
-
-
-def collate(rows: list[Row], lesson: Lesson, pixels: npt.NDArray[np.uint8]) -> Batch:
-    """Tensors of one step: rows of a lesson, and their screens (B, H, W, 3)."""
-    batch = {
-        name: torch.from_numpy(np.stack([getattr(row, name) for row in rows]))
-        for name in ("ids", "segments", "positions", "labels", "pointers", "sources")
-    }
-    batch["image_start"] = torch.tensor([row.image_start for row in rows])
-    batch["prefix"] = torch.from_numpy(lesson.prefix)
-    batch["pixels"] = torch.from_numpy(pixels)
-    return batch
-
-
-def answered(row: Row, best: Tensor) -> Iterator[tuple[Question, Tensor, Tensor]]:
-    """Questions of a row, the tokens given for each, and those expected.
-
-    Args:
-        row: of L tokens.
-        best: likeliest token at every answer position of the row, in its order.
-    """
-    labels, segments = torch.from_numpy(row.labels), torch.from_numpy(row.segments)
-    is_answer = labels >= 0
-    target, segment = labels[is_answer], segments[is_answer]
-    for number, question in enumerate(row.questions, 1):
-        mine = segment == number
-        yield question, best[mine], target[mine]
 
 
 class Stage:
@@ -308,7 +120,7 @@ class Stage:
             cells = torch.from_numpy(pool.cells[mine]).long()
             with torch.autocast("cpu", torch.bfloat16):
                 image = self._see(torch.from_numpy(pool.pixels[mine]))
-                return {"cells": trained.cell_loss(image, cells, plan.class_weight, plan.everywhere)}
+                return {"cells": cell_loss(trained, image, cells, plan.class_weight, plan.everywhere)}
 
         optimizers = make_optimizers(trained, plan.rate, plan.rate, 2e-3)
         self._loop(f"{number} vision", step, plan.steps, optimizers, lambda _: None)
@@ -337,11 +149,11 @@ class Stage:
                 logits = trained.model.lm_head(hidden[answers])
                 return {
                     "points": plan.pointing * pointing_loss(watched, batch, plan.with_absent),
-                    "places": plan.placing * trained.place_loss(watched, batch, plan.with_absent),
+                    "places": plan.placing * place_loss(trained, watched, batch, plan.with_absent),
                     "reads": plan.placing * reading_loss(watched, batch),
                     "answer": F.cross_entropy(logits.float(), batch["labels"][answers]),
-                    "cells": 0.5 * trained.cell_loss(image, batch["cells"]),
-                    "names": 0.5 * trained.alignment_loss(image, batch["cells"], self._label_tokens),
+                    "cells": 0.5 * cell_loss(trained, image, batch["cells"]),
+                    "names": 0.5 * alignment_loss(trained, image, batch["cells"], self._label_tokens),
                 }
 
         def after(done: int) -> None:

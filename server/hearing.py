@@ -15,7 +15,6 @@ import json
 import threading
 import time
 from collections.abc import Awaitable, Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -35,6 +34,7 @@ from .problem import ApiError, internal, problem_of
 from .settings import Settings
 from .work.fair_queue import FairQueue
 from .work.scheduler import LOG, stopping, trace_of
+from .work.side_threads import SideThreads
 
 DECODING_THREADS = 2
 OPENAI_NAME = "whisper-1"
@@ -97,7 +97,7 @@ class Hearing:
         self._looked_at: Fetch | None = None if settings.fetch is None else _no_fetch
         self._metrics = metrics
         self._is_stopping = is_stopping
-        self._pool = ThreadPoolExecutor(DECODING_THREADS, thread_name_prefix="decode")
+        self._threads = SideThreads(DECODING_THREADS, "decode")
         self._queue: FairQueue[_Job] = FairQueue()
         self._change = threading.Condition()
         self._running: _Job | None = None
@@ -135,7 +135,7 @@ class Hearing:
         def read() -> TranscriptionAsked:
             return read_transcription(read_form(body, content_type), self._limits)
 
-        asked = await self._in_thread(read)
+        asked = await self._threads.run(read)
         self._check_name(asked.model)
         heard = await unless_gone(receive, self.hear(asked.sound, asked.options, client))
         return asked, heard
@@ -156,18 +156,18 @@ class Hearing:
         """
         if _MARK not in body or self._listener is None:
             return body  # whoever reads the messages refuses sounds by name
-        value = await self._in_thread(lambda: parse_json(body, self._limits))
+        value = await self._threads.run(lambda: parse_json(body, self._limits))
         found = find_spoken(value)
         if not found:
             return body
-        spoken = await self._in_thread(lambda: read_spoken(found, self._limits))
+        spoken = await self._threads.run(lambda: read_spoken(found, self._limits))
         for item in spoken:
             _become_text(item.part, "")
-        await self._in_thread(lambda: read_chat(value, self._limits, self._looked_at))
+        await self._threads.run(lambda: read_chat(value, self._limits, self._looked_at))
         for item in spoken:
             heard = await unless_gone(receive, self.hear(item.sound, HearingOptions(), client))
             _become_text(item.part, plain(heard.text))
-        return await self._in_thread(lambda: json.dumps(value).encode())
+        return await self._threads.run(lambda: json.dumps(value).encode())
 
     async def hear(self, sound: Sound, options: HearingOptions, client: str) -> Transcript:
         """What is said in a sound. If the task is cancelled, so is the work.
@@ -230,7 +230,7 @@ class Hearing:
         for job in jobs if running is None else [*jobs, running]:
             job.cancel.set()
             job.post(stopping())
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._threads.close()
         if self._thread is None:
             return True
         self._thread.join(timeout)
@@ -255,16 +255,6 @@ class Hearing:
                 code="model_not_found",
                 param="model",
             )
-
-    async def _in_thread(self, work: Callable[[], Result]) -> Result:
-        try:
-            return await asyncio.get_running_loop().run_in_executor(self._pool, work)
-        except EdgeError as error:
-            raise problem_of(error) from error
-        except RuntimeError as error:
-            if self._closed:  # the pool takes no more work
-                raise stopping() from error
-            raise
 
     def _work(self) -> None:
         assert self._listener is not None, "nothing is queued without a listener"

@@ -8,14 +8,12 @@ are answered at a time: so what all requests together hold in memory is bounded,
 
 from __future__ import annotations
 
-import asyncio
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from autoglm_edge.errors import EdgeError
 
@@ -30,18 +28,18 @@ from .asking.body import parse_json
 from .asking.options import Options
 from .metrics import Metrics
 from .prepared import Prepared, prepare_chat, prepare_text
-from .problem import ApiError, problem_of, refuse
+from .problem import ApiError, refuse
 from .replying.forms import ChatForm, Form, Frame, GenerateForm, Telling, TextForm
 from .replying.responses import EventStream, PatientDocument
 from .settings import Settings
 from .work.answering import Answering
 from .work.scheduler import LOG, Scheduler, queue_full, stopping, trace_of
+from .work.side_threads import SideThreads
 
 PREPARING_THREADS = 2
 """Pictures that are unpacked at the same time; the engine wants the cores, too."""
 Kind = Literal["chat", "completion", "generate"]
 State = Literal["loading", "ready", "failed", "stopping"]
-Result = TypeVar("Result")
 
 
 class Service:
@@ -66,7 +64,7 @@ class Service:
         self._load = load
         self._engine: Answering | None = None
         self._scheduler: Scheduler | None = None
-        self._pool = ThreadPoolExecutor(PREPARING_THREADS, thread_name_prefix="prepare")
+        self._threads = SideThreads(PREPARING_THREADS, "prepare")
         self._admitted = 0
         self._stopping = False
         self._started = int(time.time())
@@ -102,7 +100,7 @@ class Service:
     def stop(self, timeout: float = 10.0) -> None:
         """End everything and free the engine; waits for the run of a graph that is under way."""
         self.refuse_more()
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._threads.close()
         ended = self._scheduler is None or self._scheduler.stop(timeout)
         if self._engine is not None and ended:
             self._engine.close()
@@ -140,7 +138,7 @@ class Service:
         """
         engine, scheduler = self._ready()
         started = time.perf_counter()
-        options, form, prepared, split = await self._in_thread(
+        options, form, prepared, split = await self._threads.run(
             lambda: self._prepare(kind, body, engine, started)
         )
         telling = Telling(
@@ -167,7 +165,7 @@ class Service:
             ApiError: something is wrong with the request.
         """
         engine, _ = self._ready()
-        return await self._in_thread(lambda: self._tokenize(body, engine))
+        return await self._threads.run(lambda: self._tokenize(body, engine))
 
     async def detokenize(self, body: bytes) -> dict[str, Any]:
         """The document of /detokenize.
@@ -176,7 +174,7 @@ class Service:
             ApiError: something is wrong with the request.
         """
         engine, _ = self._ready()
-        return await self._in_thread(lambda: self._detokenize(body, engine))
+        return await self._threads.run(lambda: self._detokenize(body, engine))
 
     def models(self) -> dict[str, Any]:
         """The document of /v1/models.
@@ -229,16 +227,6 @@ class Service:
                 503, "the model is being loaded", code="model_loading", headers={"retry-after": "2"}
             )
         return self._engine, self._scheduler
-
-    async def _in_thread(self, work: Callable[[], Result]) -> Result:
-        try:
-            return await asyncio.get_running_loop().run_in_executor(self._pool, work)
-        except EdgeError as error:
-            raise problem_of(error) from error
-        except RuntimeError as error:
-            if self._stopping:  # the pool takes no more work
-                raise stopping() from error
-            raise
 
     def _prepare(
         self, kind: Kind, body: bytes, engine: Answering, started: float

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 
 from autoglm_edge.android_sim.budget import Budget
-from autoglm_edge.android_sim.trace import ChildResult, Enforced, Phase, PlanFacts, Sample, Trace
+from autoglm_edge.android_sim.child_result import ChildResult, PlanFacts
+from autoglm_edge.android_sim.trace import Enforced, Phase, Sample, Trace
 
 MB = 1_000_000
 PLAN = PlanFacts("layers", "8-bit products are exact", "prepared", "they are there", 2, "2 cores")

@@ -22,7 +22,7 @@ import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 
-from autoglm_edge.cli_export import export as export_command
+from autoglm_edge.commands.export import export as export_command
 from autoglm_edge.errors import ExportError
 from autoglm_edge.export.app import android
 from autoglm_edge.export.app.android import describe_app, lay_out_android, read_graphs

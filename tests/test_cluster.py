@@ -29,14 +29,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from server_fixtures import CHAT, events_of, text_of, wait_until
 
-from autoglm_edge.cli_run import run
-from autoglm_edge.cli_serve import serve
 from autoglm_edge.cluster.batch import Feeder, piece_length
 from autoglm_edge.cluster.cores import split_cpus
 from autoglm_edge.cluster.exchange import ReplicaLostError, exchange
 from autoglm_edge.cluster.exposition import joined
 from autoglm_edge.cluster.router import BLOCK_BYTES, Router, marks_of
 from autoglm_edge.cluster.serve import places_of
+from autoglm_edge.commands.run import run
+from autoglm_edge.commands.serve import serve
 from autoglm_edge.embedded import pocket_path
 from autoglm_edge.errors import EdgeError, RequestError
 
@@ -243,7 +243,7 @@ def test_a_response_comes_piece_by_piece_and_a_torn_one_is_noticed(unix_server: 
 @contextmanager
 def served(bundle: Path, *arguments: str) -> Iterator[tuple[subprocess.Popen[str], str, list[str]]]:
     """A front with two replicas: its process, its address, and what it says."""
-    code = "from autoglm_edge.cli_serve import serve; serve.main(prog_name='autoglm serve')"
+    code = "from autoglm_edge.commands.serve import serve; serve.main(prog_name='autoglm serve')"
     command = [sys.executable, "-c", code, str(bundle), "--port", "0", "--replicas", "2", *arguments]
     folder = tempfile.TemporaryDirectory(prefix="front-")  # of sockets: their paths must be short
     environment = {**os.environ, "TMPDIR": folder.name}
@@ -383,7 +383,7 @@ def test_the_front_asks_for_the_key_and_its_replicas_end_with_it(bundle: Path, t
 @pytest.mark.slow
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="two replicas need two cores")
 def test_a_replica_that_cannot_be_started_ends_the_front_with_a_sentence(bundle: Path) -> None:
-    code = "from autoglm_edge.cli_serve import serve; serve.main(prog_name='autoglm serve')"
+    code = "from autoglm_edge.commands.serve import serve; serve.main(prog_name='autoglm serve')"
     command = [
         sys.executable,
         "-c",
@@ -422,7 +422,7 @@ def test_a_file_over_ray_is_complete_though_a_worker_is_killed(bundle: Path, tmp
     asked_for, out, alone = tmp_path / "in.jsonl", tmp_path / "ray.jsonl", tmp_path / "alone.jsonl"
     lines = [{"id": f"r{item}"} | endless(f"text {item}", 40) for item in range(48)]
     asked_for.write_text("".join(json.dumps(line) + "\n" for line in lines) + "nonsense\n")
-    code = "from autoglm_edge.cli_run import run; run.main(prog_name='autoglm run')"
+    code = "from autoglm_edge.commands.run import run; run.main(prog_name='autoglm run')"
     command = [sys.executable, "-c", code, str(bundle), "--batch", str(asked_for), "--max-concurrency", "1"]
     command += ["--threads", "1", "--context", "512", "--ordered", "-o"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -461,7 +461,7 @@ def test_a_file_over_ray_is_complete_though_a_worker_is_killed(bundle: Path, tmp
 @NEEDS_RAY
 def test_an_engine_that_no_worker_can_load_is_one_sentence(bundle: Path, tmp_path: Path) -> None:
     (tmp_path / "in.jsonl").write_text(json.dumps(endless("Hi", 2)) + "\n")
-    code = "from autoglm_edge.cli_run import run; run.main(prog_name='autoglm run')"
+    code = "from autoglm_edge.commands.run import run; run.main(prog_name='autoglm run')"
     command = [sys.executable, "-c", code, str(bundle), "--batch", str(tmp_path / "in.jsonl")]
     command += ["-o", str(tmp_path / "out"), "--ray", "--context", "999999"]
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from autoglm_edge.cli_bench import bench
-from autoglm_edge.cli_info import info
+from autoglm_edge.commands.bench import bench
+from autoglm_edge.commands.info import info
 from autoglm_edge.measure import costs as module
 from autoglm_edge.measure import speed
 from autoglm_edge.measure.bandwidth import Limits

@@ -14,15 +14,15 @@ from hypothesis.extra import numpy as hnp
 from onnx import TensorProto, helper
 
 from autoglm_edge.errors import QuantError
-from autoglm_edge.quantize import formats
+from autoglm_edge.quantize import rounding
 from autoglm_edge.quantize.formats import (
     BlockFormat,
     Quantized,
     dequantize_rows,
     pack_nibbles,
-    quantize_rows,
     unpack_nibbles,
 )
+from autoglm_edge.quantize.rounding import LARGEST_WEIGHT, quantize_rows
 
 ALL_FORMATS = [
     BlockFormat(b, size, sym) for b in (2, 3, 4, 8) for size in (32, 64, 128) for sym in (True, False)
@@ -176,7 +176,7 @@ def test_quantize_rows_equals_a_loop_over_blocks(fmt, scale_dtype):
 
 @pytest.mark.parametrize("rows", [1, 2, 7, 8, 9, 100])
 def test_a_matrix_of_several_chunks_equals_its_rows_one_by_one(rows, monkeypatch):
-    monkeypatch.setattr(formats, "CHUNK_WEIGHTS", 8 * 300)
+    monkeypatch.setattr(rounding, "CHUNK_WEIGHTS", 8 * 300)
     fmt = BlockFormat(4, 32, False)
     weights = _weights(rows, 300)
 
@@ -230,7 +230,7 @@ SLACK = 1e-4  # steps: 255 steps in float32 are exact to 1.5e-5
 @settings(max_examples=120, deadline=None)
 @given(data=st.data(), scale_dtype=st.sampled_from(["float32", "float16"]), bits=BITS)
 def test_asymmetric_weights_come_back_within_half_a_step(data, scale_dtype, bits):
-    weights = data.draw(_matrices(formats.LARGEST_WEIGHT[scale_dtype]))
+    weights = data.draw(_matrices(LARGEST_WEIGHT[scale_dtype]))
 
     errors, _ = _errors_in_steps(weights, BlockFormat(bits, 32, False), scale_dtype)
 
@@ -241,7 +241,7 @@ def test_asymmetric_weights_come_back_within_half_a_step(data, scale_dtype, bits
 @given(data=st.data(), scale_dtype=st.sampled_from(["float32", "float16"]), bits=BITS)
 def test_symmetric_weights_come_back_within_half_a_step_or_one_at_the_short_end(data, scale_dtype, bits):
     fmt = BlockFormat(bits, 32, True)
-    weights = data.draw(_matrices(formats.LARGEST_WEIGHT[scale_dtype]))
+    weights = data.draw(_matrices(LARGEST_WEIGHT[scale_dtype]))
 
     errors, places = _errors_in_steps(weights, fmt, scale_dtype)
 
@@ -358,7 +358,7 @@ def test_two_and_three_bits_take_up_as_much_as_four(bits, symmetric):
 @given(data=st.data(), bits=BITS, symmetric=st.booleans())
 def test_stored_integers_are_no_more_than_the_bits_allow(data, bits, symmetric):
     fmt = BlockFormat(bits, 32, symmetric)
-    weights = data.draw(_matrices(formats.LARGEST_WEIGHT["float32"]))
+    weights = data.draw(_matrices(LARGEST_WEIGHT["float32"]))
 
     quantized = quantize_rows(weights, fmt)
 

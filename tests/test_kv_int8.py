@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from test_warm_answers import agent_messages, greedy
 
-from autoglm_edge.cli_info import info
+from autoglm_edge.commands.info import info
 from autoglm_edge.errors import BundleError, CheckpointError, ExportError
 from autoglm_edge.export import pipeline
 from autoglm_edge.export.calibrate import kv_scales

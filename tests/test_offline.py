@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from server_fixtures import ScriptedEngine, data_uri, png
 
-from autoglm_edge.cli_batch import BatchProgress
-from autoglm_edge.cli_run import run
+from autoglm_edge.commands.batch_progress import BatchProgress
+from autoglm_edge.commands.run import run
 from autoglm_edge.embedded import pocket_path
 from autoglm_edge.errors import EdgeError, RequestError
 from autoglm_edge.offline.answers import ahead, answer_lines
@@ -724,7 +724,7 @@ def test_a_run_that_is_killed_is_continued_without_gap_or_double(bundle: Path, t
     endless = {"logit_bias": {str(token): -100 for token in eos}}
     lines = [chat(f"text {item}", f"r{item}", max_tokens=24, **endless) for item in range(40)]
     asked, out = written(tmp_path / "in.jsonl", *lines), tmp_path / "out.jsonl"
-    code = "from autoglm_edge.cli_run import run; run.main(prog_name='autoglm run')"
+    code = "from autoglm_edge.commands.run import run; run.main(prog_name='autoglm run')"
     command = [
         sys.executable,
         "-c",

@@ -24,9 +24,10 @@ from autoglm_edge.export.options import ExportOptions
 from autoglm_edge.export.pipeline import prepare
 from autoglm_edge.export.source.checkpoint import Checkpoint
 from autoglm_edge.quantize.channels import ChannelFormat, dequantize_channels, quantize_channels
-from autoglm_edge.quantize.formats import BlockFormat, dequantize_rows, quantize_rows
+from autoglm_edge.quantize.formats import BlockFormat, dequantize_rows
 from autoglm_edge.quantize.recipe import Recipe, Rule
 from autoglm_edge.quantize.recipe_reading import resolve
+from autoglm_edge.quantize.rounding import quantize_rows
 
 CASES = [
     ("int4", 32, False),

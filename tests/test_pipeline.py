@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import hashlib
+import inspect
 import json
 import os
 import shutil
@@ -549,6 +550,22 @@ def test_the_lock_is_free_after_an_error(tiny: Path, tmp_path: Path) -> None:
 def test_options_reject_a_budget_of_no_tokens() -> None:
     with pytest.raises(ExportError, match="must be at least 1"):
         ExportOptions(PRESETS["int4"], max_image_tokens=0)
+
+
+def test_export_and_estimate_show_the_same_arguments() -> None:
+    shown = {name: inspect.signature(getattr(pipeline, name)) for name in ("export", "estimate")}
+
+    names = list(shown["export"].parameters)
+    assert shown["export"].parameters == shown["estimate"].parameters
+    assert names[:3] == ["model", "output", "precision"]
+    assert {shown["export"].parameters[name].kind for name in names[2:]} == {inspect.Parameter.KEYWORD_ONLY}
+    assert [item.return_annotation for item in shown.values()] == ["Bundle", "Estimate"]
+    assert all(f"        {name}: " in (export.__doc__ or "") for name in names)
+
+
+def test_an_argument_that_there_is_not_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="colour"):
+        export(None, tmp_path / "out", colour=1)  # type: ignore[call-arg]
 
 
 def test_the_package_can_be_called_and_names_its_functions() -> None:

@@ -10,8 +10,9 @@ from hypothesis.extra import numpy as hnp
 
 from autoglm_edge.errors import QuantError
 from autoglm_edge.quantize import BlockFormat, Quantized, dequantize_rows, quantize_rows, refine
-from autoglm_edge.quantize.formats import LARGEST_WEIGHT, unpack_nibbles
+from autoglm_edge.quantize.formats import unpack_nibbles
 from autoglm_edge.quantize.refine import search_rows
+from autoglm_edge.quantize.rounding import LARGEST_WEIGHT
 
 ALL_FORMATS = [BlockFormat(b, size, sym) for b in (2, 3, 4, 8) for size in (32, 128) for sym in (True, False)]
 

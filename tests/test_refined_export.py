@@ -29,8 +29,9 @@ from autoglm_edge.export.options import ExportOptions
 from autoglm_edge.export.pipeline import estimate, export, prepare
 from autoglm_edge.export.progress import ProgressEvent
 from autoglm_edge.export.source.checkpoint import Checkpoint
-from autoglm_edge.quantize.formats import BlockFormat, dequantize_rows, quantize_rows
+from autoglm_edge.quantize.formats import BlockFormat, dequantize_rows
 from autoglm_edge.quantize.recipe import Recipe
+from autoglm_edge.quantize.rounding import quantize_rows
 from autoglm_edge.quantize.rule import Refinement, Rule
 from autoglm_edge.runtime.engine import Engine
 from autoglm_edge.runtime.prompt.image import PatchedImage

@@ -19,7 +19,7 @@ import httpx
 import pytest
 from click.testing import CliRunner
 
-from autoglm_edge.cli_serve import serve
+from autoglm_edge.commands.serve import serve
 from autoglm_edge.embedded import pocket_path
 
 HI = {"messages": [{"role": "user", "content": "Hi there, secret-word " * 20}], "max_tokens": 3}
@@ -40,7 +40,7 @@ def refused(*arguments: Any, **environment: str) -> str:
 @contextmanager
 def served(bundle: Path, *arguments: str, **environment: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """A server's process and its address."""
-    code = "from autoglm_edge.cli_serve import serve; serve.main(prog_name='autoglm serve')"
+    code = "from autoglm_edge.commands.serve import serve; serve.main(prog_name='autoglm serve')"
     command = [sys.executable, "-c", code, str(bundle), "--port", "0", "--threads", "1", *arguments]
     process = subprocess.Popen(
         command, env={**os.environ, **environment}, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True

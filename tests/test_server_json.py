@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from pydantic import BaseModel, Field
 from server_fixtures import CHAT, Live, events_of, running, text_of
 
-from autoglm_edge.cli_run import run
+from autoglm_edge.commands.run import run
 from autoglm_edge.embedded import pocket_path
 from autoglm_edge.runtime.bundle import Bundle
 from autoglm_edge.runtime.engine import Engine

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import ctypes
 import http.server
@@ -34,6 +35,7 @@ from autoglm_edge.server.metrics import Metrics
 from autoglm_edge.server.problem import ApiError
 from autoglm_edge.server.run import bind
 from autoglm_edge.server.settings import Settings, model_names
+from autoglm_edge.server.work.side_threads import SideThreads
 
 # --- keys and hosts
 
@@ -388,3 +390,44 @@ def test_the_memory_of_gpus_is_told_where_there_are_some(monkeypatch: pytest.Mon
 
     monkeypatch.setattr("autoglm_edge.server.metrics.read_gpu_memory", lambda: [(4_000.0, 16_000.0)])
     assert 'autoglm_gpu_memory_used_bytes{gpu="0"} 4000' in Metrics().text({})
+
+
+# --- threads beside the engine's
+
+
+def beside(work: Any, *, closed: bool = False) -> Any:
+    """What side threads make of some work."""
+    threads = SideThreads(1, "beside")
+    if closed:
+        threads.close()
+    try:
+        return asyncio.run(threads.run(work))
+    finally:
+        threads.close()
+
+
+def test_work_beside_is_done_in_a_thread_of_that_name() -> None:
+    assert beside(lambda: threading.current_thread().name).startswith("beside")
+
+
+def test_an_error_beside_is_told_as_clients_are_told_it() -> None:
+    def wrong() -> None:
+        raise RequestError("n is 0, must be at least 1")
+
+    with pytest.raises(ApiError, match="n is 0") as caught:
+        beside(wrong)
+    assert caught.value.status == 400
+
+
+def test_threads_that_are_closed_say_that_the_server_is_stopping() -> None:
+    with pytest.raises(ApiError) as caught:
+        beside(lambda: 1, closed=True)
+    assert caught.value.status == 503
+
+
+def test_a_fault_beside_is_not_taken_for_a_server_that_stops() -> None:
+    def broken() -> None:
+        raise RuntimeError("broken")
+
+    with pytest.raises(RuntimeError, match="broken"):
+        beside(broken)

@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import grammar_cost
 import serving
+import soak_clients
 import soak_server
 from agent_step import SESSION
 from server_process import Streamed, read_events
@@ -150,16 +151,16 @@ def test_growth_is_that_of_the_line_after_the_warm_up() -> None:
         ('{"a": ', {"type": "json_object"}, "no JSON"),
         ("7", held_to({"const": 7}), ""),
         ("8", held_to({"const": 7}), "not 7"),
-        ('{"action": "Tap", "element": [1, 999]}', held_to(soak_server.ACTION), ""),
-        ('{"action": "Tap", "element": [1, 1000]}', held_to(soak_server.ACTION), "no action"),
-        ('{"action": "Tap"}', held_to(soak_server.ACTION), "no action"),
+        ('{"action": "Tap", "element": [1, 999]}', held_to(soak_clients.ACTION), ""),
+        ('{"action": "Tap", "element": [1, 1000]}', held_to(soak_clients.ACTION), "no action"),
+        ('{"action": "Tap"}', held_to(soak_clients.ACTION), "no action"),
     ],
 )
 def test_the_soak_notices_an_answer_that_is_not_what_was_asked_for(
     text: str, held: dict[str, Any], said: str
 ) -> None:
-    assert soak_server.json_fault(text, held).startswith(said)
-    assert bool(soak_server.json_fault(text, held)) == bool(said)
+    assert soak_clients.json_fault(text, held).startswith(said)
+    assert bool(soak_clients.json_fault(text, held)) == bool(said)
 
 
 def test_the_verdict_names_faults_growth_and_a_server_that_answered_nothing() -> None:
@@ -175,7 +176,7 @@ def test_the_verdict_names_faults_growth_and_a_server_that_answered_nothing() ->
 
 
 def test_the_ledger_takes_refusals_and_reports_faults() -> None:
-    ledger = soak_server.Ledger()
+    ledger = soak_clients.Ledger()
 
     assert ledger.status("stream", 200)
     assert not ledger.status("bad", 400)
@@ -186,7 +187,7 @@ def test_the_ledger_takes_refusals_and_reports_faults() -> None:
 
 
 def test_pictures_of_the_soak_are_data_uris() -> None:
-    part = soak_server._picture_part(sample_screenshot(), random.Random(1))
+    part = soak_clients._picture_part(sample_screenshot(), random.Random(1))
 
     head, _, data = part["image_url"]["url"].partition(",")
     assert head == "data:image/png;base64"

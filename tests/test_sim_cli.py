@@ -20,7 +20,7 @@ from autoglm_edge.android_sim.run.job import Job
 from autoglm_edge.android_sim.run.runner import RunOptions
 from autoglm_edge.android_sim.simulate import Ask, plan, simulate, simulate_all
 from autoglm_edge.android_sim.trace import Trace
-from autoglm_edge.cli_simulate import simulate as command
+from autoglm_edge.commands.simulate import simulate as command
 from autoglm_edge.embedded import pocket_path, sample_screenshot
 from autoglm_edge.errors import SimulationError
 from autoglm_edge.runtime.bundle import Bundle

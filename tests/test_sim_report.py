@@ -14,6 +14,7 @@ from PIL import Image
 from simulated_traces import MB, budget, enforced, result, sample, trace, whole_run
 
 from autoglm_edge.android_sim.budget import Budget
+from autoglm_edge.android_sim.child_result import ParityResult
 from autoglm_edge.android_sim.device import find_device, read_device
 from autoglm_edge.android_sim.forecast import foretell
 from autoglm_edge.android_sim.need import Question
@@ -25,7 +26,7 @@ from autoglm_edge.android_sim.report.page import html_page
 from autoglm_edge.android_sim.report.timeline import WIDTH, draw, draw_png, draw_svg, thinned, ticks
 from autoglm_edge.android_sim.report.words import size
 from autoglm_edge.android_sim.simulation import Simulation, Subject
-from autoglm_edge.android_sim.trace import ParityResult, Trace
+from autoglm_edge.android_sim.trace import Trace
 from autoglm_edge.android_sim.verdict import classify
 from autoglm_edge.embedded import pocket_path
 from autoglm_edge.errors import SimulationError

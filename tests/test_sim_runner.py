@@ -179,7 +179,7 @@ def test_a_result_of_another_form_is_said_and_not_believed() -> None:
     seen = run("result", json.dumps({"tokens": 3}))
 
     assert seen.result is None
-    assert "the child's result has" in seen.message
+    assert "the child's result lacks the key" in seen.message
 
 
 def test_samples_are_in_order_and_cost_is_reported() -> None:

@@ -8,16 +8,9 @@ from typing import Any
 
 import pytest
 
+from autoglm_edge.android_sim.child_result import ChildResult, ParityResult, PlanFacts
 from autoglm_edge.android_sim.run.reports import LIMIT_BYTES, Reports, says_memory
-from autoglm_edge.android_sim.trace import (
-    ChildResult,
-    Enforced,
-    ParityResult,
-    Phase,
-    PlanFacts,
-    Sample,
-    Trace,
-)
+from autoglm_edge.android_sim.trace import Enforced, Phase, Sample, Trace
 from autoglm_edge.errors import SimulationError
 
 MIB = 1 << 20
@@ -151,13 +144,19 @@ def test_a_result_survives_its_way_through_the_pipe() -> None:
         {"tokens": "3"},
         {"tokens": -1},
         {"tokens": True},
+        {"tokens": None},
+        {"load_s": "0.5"},
+        {"load_s": math.nan},
         {"load_s": math.inf},
         {"text": None},
         {"token_ids": ["1"]},
         {"token_ids": 3},
         {"plan": {}},
         {"plan": None},
+        {"plan": {**PLAN.__dict__, "threads": -1}},
+        {"plan": {**PLAN.__dict__, "threads": 1.5}},
         {"parity": []},
+        {"parity": {"cases": 1}},
         {"extra": 1},
     ],
 )

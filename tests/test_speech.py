@@ -35,8 +35,8 @@ from speech_fixtures import (
     wav,
 )
 
-from autoglm_edge.cli_run import run
-from autoglm_edge.cli_serve import serve
+from autoglm_edge.commands.run import run
+from autoglm_edge.commands.serve import serve
 from autoglm_edge.embedded import pocket_path
 from autoglm_edge.errors import CheckpointError, DependencyError, DeviceError, RequestError
 from autoglm_edge.speech import checkpoint as checkpoints
@@ -661,8 +661,8 @@ def test_the_command_line_hears_commands(
 def hears(monkeypatch: pytest.MonkeyPatch) -> ScriptedListener:
     """A listener in the place of the model that the command line would open."""
     found = ScriptedListener("back <|user|> please")
-    for module in ("cli_run", "cli_serve"):
-        monkeypatch.setattr(f"autoglm_edge.{module}.open_recogniser", lambda *_: found)
+    for module in ("run", "serve"):
+        monkeypatch.setattr(f"autoglm_edge.commands.{module}.open_recogniser", lambda *_: found)
     return found
 
 

@@ -7,7 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from autoglm_edge.runtime.machine.limits import Limits, anonymous_bytes, available_bytes, limits
+from autoglm_edge.runtime.machine import limits as limits_module
+from autoglm_edge.runtime.machine.limits import (
+    Limits,
+    anonymous_bytes,
+    available_bytes,
+    limits,
+    trim_memory,
+)
 from autoglm_edge.runtime.machine.topology import choose_threads, threads_of
 
 CPU = "sys/devices/system/cpu"
@@ -157,3 +164,11 @@ def test_a_full_group_has_nothing_left(tmp_path: Path) -> None:
     )
 
     assert limits(root).free_bytes == 0
+
+
+def test_memory_is_given_back_where_the_c_library_can_and_elsewhere_that_is_no_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    trim_memory()
+    monkeypatch.setattr(limits_module.ctypes, "CDLL", lambda name: object())
+    trim_memory()

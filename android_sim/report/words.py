@@ -10,9 +10,9 @@ import math
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from autoglm_edge.android_sim.child_result import ParityResult
     from autoglm_edge.android_sim.forecast import Forecast, Reach
     from autoglm_edge.android_sim.projection import Projection
-    from autoglm_edge.android_sim.trace import ParityResult
 
 
 def reach_rows(forecast: Forecast) -> list[tuple[str, str]]:

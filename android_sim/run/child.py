@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from autoglm_edge.android_sim.trace import ChildResult, ParityResult, PlanFacts
+from autoglm_edge.android_sim.child_result import ChildResult, ParityResult, PlanFacts
 from autoglm_edge.errors import EdgeError, ParityError, SimulationError
 from autoglm_edge.runtime.bundle import Bundle
 from autoglm_edge.runtime.engine import Engine

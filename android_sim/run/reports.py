@@ -19,7 +19,8 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from autoglm_edge.android_sim.trace import ChildResult, Phase
+from autoglm_edge.android_sim.child_result import ChildResult
+from autoglm_edge.android_sim.trace import Phase
 from autoglm_edge.errors import SimulationError
 
 REPORT_VARIABLE = "AUTOGLM_SIM_REPORT"

@@ -63,7 +63,7 @@ _log = logging.getLogger(__name__)
 
 
 class Tell(Protocol):
-    """Who is told what takes long. `autoglm_edge.cli_common.ProgressLine` is one."""
+    """Who is told what takes long. `autoglm_edge.commands.progress.ProgressLine` is one."""
 
     def say(self, text: str) -> None:
         """A sentence."""

@@ -1,1 +1,1 @@
-"""Where the engine is owned: answers that are wanted, a queue that takes turns, the thread that works."""
+"""Where the engine is owned: answers that are wanted, a queue that takes turns, the threads that work."""
