@@ -9,20 +9,21 @@ be read. Knows nothing of sampling, and not who has the next turn.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .answer import Clock
-from .pictures import Encoding, Features
+from .batch.slots import Slots
+from .manifest import TokenSpec
+from .model import Model
+from .pictures import Encoding, Features, Pictures
 from .plan import PREFILL_CHUNK, PREFILL_FROM_TOKENS, ModelPlan
 from .prompt.build import Prompt
+from .prompt.image import PatchedImage
 from .reuse.prefix import BLOCK_TOKENS
 from .reuse.sequence import DECODER, LAYERS, PREFILL, image_digest, prompt_keys, stable_length
-
-if TYPE_CHECKING:
-    from .runner import Runner
 
 SCORE_CHUNK = 64
 """Tokens per run when every position is scored: V floats each."""
@@ -32,6 +33,29 @@ SHARED_CHUNK = 128
 
 Scores = NDArray[np.float32]
 _NONE = np.zeros((0, 0), np.float32)
+
+
+class Ground(Protocol):
+    """What prompts are read with; `runner.Runner` is that."""
+
+    prefix: bool
+    tokens: TokenSpec
+    pictures: Pictures
+
+    @property
+    def model(self) -> Model:
+        """The graphs."""
+
+    @property
+    def plan(self) -> ModelPlan:
+        """How they were opened."""
+
+    @property
+    def slots(self) -> Slots:
+        """What the cache holds."""
+
+    def encode_image(self, image: PatchedImage) -> NDArray[np.floating[Any]]:
+        """Features (N, C) of a picture."""
 
 
 class Reading:
@@ -48,7 +72,7 @@ class Reading:
 
     def __init__(
         self,
-        runner: Runner,
+        runner: Ground,
         prompt: Prompt,
         scored_from: int,
         *,

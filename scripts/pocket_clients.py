@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 
 import pocket_systems as systems
 import pocket_wordings as wordings
+from pocket_canvas import Screen
 from pocket_questions import Manner, Question, ask, ask_blind, ask_toggle, swipe
-from pocket_screens import Screen
 from pocket_vocabulary import APPS, LABELS
 
 SHORT_PROMPTS = (

@@ -7,12 +7,9 @@ nothing of labels or layouts.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
+from pocket_canvas import Screen
 from pocket_vocabulary import Color
-
-if TYPE_CHECKING:
-    from pocket_screens import Screen
 
 
 def draw_glyph(screen: Screen, glyph: str, x: float, y: float, r: float, ink: Color, back: Color) -> None:

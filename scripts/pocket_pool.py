@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
-from pocket_screens import Screen, make_screen, render
+from pocket_canvas import Screen, render
+from pocket_screens import make_screen
 from pocket_vocabulary import LABELS
 
 CELL_SIDE = 28

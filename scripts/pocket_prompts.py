@@ -22,8 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from pocket_canvas import render
 from pocket_clients import FORMS, converse
-from pocket_screens import make_screen, render
+from pocket_screens import make_screen
 
 MAX_TOKENS = 64
 """The longest answers have about 30."""

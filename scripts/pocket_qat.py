@@ -30,13 +30,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
 from pocket_batches import Schedule, answered, collate, make_rows
+from pocket_canvas import render
 from pocket_model import PocketForward, make_model
 from pocket_optimizers import rate_factor
 from pocket_pool import GRIDS, open_pool, shrink
 from pocket_questions import inside, tapped_point
 from pocket_recipe import ALL, Recipe
 from pocket_rows import RowMaker
-from pocket_screens import make_screen, render
+from pocket_screens import make_screen
 from pocket_vocabulary import LABELS
 from torch import Tensor, nn
 from torch.nn.utils import parametrize

@@ -1,6 +1,6 @@
 """Instructions about a synthetic screen and the answers an Open-AutoGLM agent would expect.
 
-In: the elements of a `pocket_screens.Screen`, a `Manner` of asking and a seeded `random.Random`. Out:
+In: the elements of a `pocket_canvas.Screen`, a `Manner` of asking and a seeded `random.Random`. Out:
 `Question` records, Chinese or English, whose answer is `<think>…</think><answer>do(…)</answer>` or
 `…finish(…)</answer>`. Points are on the 0-999 scale of the client, rounded to tens and never below 100, so
 each number has three digits and no leading zero (the client reads them as Python).
@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from pocket_screens import Element, Screen
+from pocket_canvas import Element, Screen
 from pocket_vocabulary import (
     APPS,
     BUTTONS,

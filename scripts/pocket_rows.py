@@ -17,10 +17,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+from pocket_canvas import Screen
 from pocket_clients import SHORT_PROMPTS, TRAINED, Style, Turn
 from pocket_pool import Grid
 from pocket_questions import Question, ask
-from pocket_screens import Screen
 from pocket_tokenizer import TOKEN_IDS
 from pocket_vocabulary import LABELS
 from transformers import PreTrainedTokenizerFast

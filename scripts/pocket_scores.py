@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from pocket_canvas import Screen, render
 from pocket_clients import Conversation, converse
 from pocket_questions import Question, action_type, inside, tapped_point
-from pocket_screens import Screen, make_screen, render
+from pocket_screens import make_screen
 from transformers import AutoTokenizer, Glm4vForConditionalGeneration
 from transformers.models.glm4v.image_processing_pil_glm4v import Glm4vImageProcessorPil
 

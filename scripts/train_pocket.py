@@ -21,12 +21,13 @@ from pathlib import Path
 import click
 import torch
 from glm_tokens import EOS_TOKENS
+from pocket_canvas import Screen, render
 from pocket_clients import SHORT_PROMPTS, TRAINED
 from pocket_model import PocketForward, make_model
 from pocket_questions import ask, ask_tap
 from pocket_recipe import Recipe
 from pocket_scores import EXAMS, Agent, Scores, evaluate
-from pocket_screens import Screen, make_screen, render
+from pocket_screens import make_screen
 from pocket_start import carry_over
 from pocket_tokenizer import TOKEN_IDS, save_tokenizer, train_tokenizer
 from pocket_training import train

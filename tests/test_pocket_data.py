@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
 
 pytest.importorskip("PIL")
+from pocket_canvas import Screen, render  # noqa: E402
 from pocket_clients import FORMS, HELD_OUT, TRAINED, converse  # noqa: E402
 from pocket_pool import GRIDS  # noqa: E402
 from pocket_questions import (  # noqa: E402
@@ -27,7 +28,7 @@ from pocket_questions import (  # noqa: E402
     point_of,
     tapped_point,
 )
-from pocket_screens import KINDS, Screen, make_screen, render  # noqa: E402
+from pocket_screens import KINDS, make_screen  # noqa: E402
 from pocket_vocabulary import CHINESE, LABELS  # noqa: E402
 
 SCREENS = 60

@@ -18,12 +18,13 @@ import pocket_lessons as lessons  # noqa: E402
 import pocket_qat  # noqa: E402
 import train_pocket  # noqa: E402
 from pocket_batches import Batch, Schedule, answered, collate, make_rows  # noqa: E402
+from pocket_canvas import render  # noqa: E402
 from pocket_model import PocketForward, make_model  # noqa: E402
 from pocket_optimizers import make_optimizers, rate_factor  # noqa: E402
 from pocket_pool import GRIDS, Grid, Pool, cell_labels, shrink  # noqa: E402
 from pocket_recipe import ALL, JointCycle, Recipe, VisionCycle  # noqa: E402
 from pocket_rows import RowMaker  # noqa: E402
-from pocket_screens import make_screen, render  # noqa: E402
+from pocket_screens import make_screen  # noqa: E402
 from pocket_training import label_tokens  # noqa: E402
 from pocket_vocabulary import BUTTONS, LABELS  # noqa: E402
 
