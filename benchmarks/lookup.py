@@ -199,7 +199,10 @@ def table(runs: Sequence[dict[str, Any]]) -> str:
         cells = [
             *(f"{run['bundle']}, {run['layers']} layers", str(count), f"{run['tokens_per_run']:.2f}"),
             f"{accepted} of {drafted}",
-            *(f"{run[name]:.2f} ×" for name in ("faster", "faster_in_all", "never_wrong") if name in run),
+            *(
+                f"{run[name]:.2f} ×" if name in run else ""
+                for name in ("faster", "faster_in_all", "never_wrong")
+            ),
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
