@@ -73,8 +73,9 @@ class Peer(Protocol):
         """Append tokens and score the last one; returns when the scores are there."""
 
 
-WARM_TOKENS = 128
-"""Fed before anything is timed, so that graphs that open late are open and weights were touched once."""
+WARM_TOKENS = 384
+"""Fed before anything is timed, so that graphs that open late are open and weights were touched once: enough
+of them to go the way of long prompts, where an engine has one."""
 
 
 def measure(job: Job, load: Callable[[Job], Peer]) -> dict[str, Any]:

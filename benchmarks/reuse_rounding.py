@@ -23,7 +23,7 @@ from PIL import Image
 from autoglm_edge.embedded import pocket_path, sample_screenshot
 from autoglm_edge.export.pipeline import export
 from autoglm_edge.measure.machine import this_machine
-from autoglm_edge.runtime import runner as runner_module
+from autoglm_edge.runtime import reading
 from autoglm_edge.runtime.answer import Clock
 from autoglm_edge.runtime.engine import Engine
 from autoglm_edge.runtime.reuse.options import ReuseOptions
@@ -39,7 +39,7 @@ def prefilled(engine: Engine, chunk: int) -> np.ndarray:
     text = "You operate a phone. Think, then act. " * 8
     content = [{"type": "image", "image": Image.open(sample_screenshot())}, {"type": "text", "text": "Go on"}]
     prompt = engine.prompt([{"role": "system", "content": text}, {"role": "user", "content": content}])
-    runner_module.PREFILL_CHUNK = chunk
+    reading.PREFILL_CHUNK = chunk
     run = engine._runner.run(prompt, len(prompt.ids) - 1, cancelled=lambda: False, clock=Clock(), reuse=False)
     (rows,) = run
     return np.asarray(rows[-1])

@@ -27,7 +27,7 @@ from .machine.limits import anonymous_bytes, trim_memory
 from .machine.prepared import LogTell, Tell, discard_prepared, prepare, prepared_root, prepared_state
 from .plan import PREFILL_FROM_TOKENS, PREPARED_PARTS, ModelPlan, is_integer, plan_model
 from .prompt.image import PatchedImage
-from .session import MAPPED, Binding, SessionOptions, open_session, run_errors, shrinking_run
+from .session import MAPPED, SPINNING, Binding, SessionOptions, open_session, run_errors, shrinking_run
 
 __all__ = ["Model", "ModelPlan"]
 
@@ -35,6 +35,11 @@ COPIED = 0.3
 """Anonymous memory, as a part of the weights, from which prepared weights count as not mapped."""
 _SEEN_BYTES = 50_000_000
 """Least weights whose place is seen in the memory of the process, beside all else that a session takes."""
+
+
+SPIN_FROM_BYTES = 1_000_000_000
+"""Least weights of a decoder whose threads stay awake during a run. A step of it is hundreds of operators, a
+millisecond each, and waking a thread for each adds up; smaller ones share the machine better asleep."""
 
 
 class Model:
@@ -270,15 +275,20 @@ class Model:
         return session
 
     def _entries(self, part: str) -> dict[str, str]:
-        """Session entries that say where the weights of a part go."""
+        """Session entries of a part that is opened from its bundle."""
         if self.options.device != "cpu":
             return {}
         if part == "vision" and self.plan.widened:
             return WIDENED
         if part == "decoder":
-            return MAPPED if self.plan.weights == "mapped" else {}
+            return (MAPPED if self.plan.weights == "mapped" else {}) | self._waiting(part)
         integer = part == "prefill" or is_integer(self.bundle.manifest, part)
         return MAPPED if integer and self.options.weights != "packed" else {}
+
+    def _waiting(self, part: str) -> dict[str, str]:
+        """Session entries that say how the threads of a part wait for each other."""
+        large = self.bundle.manifest.parts[part].weight_bytes >= SPIN_FROM_BYTES
+        return SPINNING if part == "decoder" and large and self.options.device == "cpu" else {}
 
     def _open_prepared(self, part: str) -> ort.InferenceSession | None:
         """A part from prepared weights, if the plan has them; None if they are not there after all."""
@@ -290,7 +300,7 @@ class Model:
             trim_memory()
             before = anonymous_bytes()
             try:
-                session = open_session(state.graph, self.options, optimize=False)
+                session = open_session(state.graph, self.options, entries=self._waiting(part), optimize=False)
             except BundleError as error:
                 discard_prepared(self.bundle, part)
                 reason = f"the prepared ones are damaged and were deleted ({error})"

@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from autoglm_edge.errors import BundleError, DeviceError, RequestError
 from autoglm_edge.runtime import model as model_module
@@ -280,3 +282,31 @@ def test_a_plan_is_a_plain_document(bundle: Bundle) -> None:
 
     assert isinstance(plan, ModelPlan)
     assert all(isinstance(value, (str, int, bool)) for value in dataclasses.asdict(plan).values())
+
+
+def test_threads_of_a_large_decoder_wait_awake_and_give_the_same_scores(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, dict[str, str]] = {}
+    real = model_module.open_session
+
+    def opened(graph: Path, options: SessionOptions, **given: Any) -> Any:
+        asked[graph.stem] = dict(given.get("entries") or {})
+        return real(graph, options, **given)
+
+    monkeypatch.setattr(model_module, "open_session", opened)
+
+    def scores() -> NDArray[np.float32]:
+        model = Model(bundle, SessionOptions(threads=2))
+        embeds, positions = model.embed(np.arange(5, 25)), np.tile(np.arange(20), (3, 1))
+        return model.forward(embeds, positions, model.new_cache(20), keep=0)
+
+    asleep = scores()
+    assert "session.intra_op.allow_spinning" not in asked["decoder"]
+    monkeypatch.setattr(model_module, "SPIN_FROM_BYTES", 0)
+    awake = scores()
+
+    assert asked["decoder"]["session.intra_op.allow_spinning"] == "1"
+    assert asked["decoder"]["session.force_spinning_stop"] == "1"
+    assert "session.intra_op.allow_spinning" not in asked["embedding"]
+    np.testing.assert_array_equal(asleep, awake)

@@ -115,11 +115,13 @@ def test_a_prompt_in_pieces_gives_the_same_logits_as_in_one(
 
 def prefill(engine: Any, prompt: Any, chunk: int) -> np.ndarray:
     """Logits (T, V) when the prompt is run `chunk` tokens at a time."""
-    from autoglm_edge.runtime import runner as module
+    from autoglm_edge.runtime import reading as module
+    from autoglm_edge.runtime.answer import Clock
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "SCORE_CHUNK", chunk)
-        return np.concatenate(list(engine._score(prompt, 0)))
+        run = engine._runner.run(prompt, 0, cancelled=lambda: False, clock=Clock(), reuse=False)
+        return np.concatenate(list(run))
 
 
 def test_bf16_and_fp16_checkpoints_are_read_exactly(
