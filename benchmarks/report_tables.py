@@ -310,7 +310,8 @@ def _compared(document: Mapping[str, Any]) -> str:
     peaks = [f"{name} {limits[key] / 1e12:.2f}" for name, key in names if limits.get(key)]
     facts = (
         f"{_where(document)} {_layers(document)}, {_rounds(document['rounds'])}. Limits of the machine in "
-        f"the same run: read {limits['read_bytes_per_s'] / 1e9:.1f} GB/s, 10¹² operations/s: {', '.join(peaks)}."
+        f"the same run: read {limits['read_bytes_per_s'] / 1e9:.1f} GB/s, 10¹² operations/s: "
+        f"{', '.join(peaks)}."
     )
     versions = {row["version"] for row in document["engines"].values() if row.get("version")}
     return f"{facts} Versions: {'; '.join(sorted(versions))}.\n\n{compare_table(document)}"
