@@ -344,6 +344,15 @@ def test_a_replay_reuses_what_prompts_share_and_decodes_as_many_tokens_as_asked(
     ElementTree.fromstring(agent_plot.plot({"runs": [warm, cold], "answer_tokens": 5, "date": "<today>"}))
 
 
+def test_a_document_does_not_tell_where_it_was_made(tmp_path: Path) -> None:
+    made = {"engines": {"ours": {"plan": f"no room in {tmp_path}/cache"}}, "rounds": 2}
+
+    assert compare.without(made, tmp_path) == {
+        "engines": {"ours": {"plan": "no room in WORKSPACE/cache"}},
+        "rounds": 2,
+    }
+
+
 # --- drafts
 
 
