@@ -195,7 +195,7 @@ def plan_for(bundle: Bundle, budget: Budget, options: SessionOptions, *, prepare
         is_prepared=lambda part: (prepared and large) or here.is_prepared(part),
         room=lambda part: "" if prepared else "the device has no room for them",
     )
-    return plan_model(bundle, options, machine)
+    return plan_model(bundle, dataclasses.replace(options, kernels=False), machine)
 
 
 def foretell(

@@ -22,11 +22,14 @@ from autoglm_edge.errors import SimulationError
 from autoglm_edge.runtime.bundle import Bundle
 from autoglm_edge.runtime.layerwise.index import LayerWeights, read_index
 from autoglm_edge.runtime.manifest import Manifest
+from autoglm_edge.runtime.native.layer import space_bytes
 from autoglm_edge.runtime.plan import PREFILL_CHUNK, ModelPlan, is_integer
 
 _SLICES = re.compile(rb"lm_head\.(\d+)\.weight")
 """How the graph names the slices of a head (docs/bundle.md)."""
 
+READERS = {"layers": "layer", "integer": "prefill", "native": ""}
+"""The graph that reads prompts, if one does, by what the plan says."""
 PHASES = ("load", "image", "prefill", "decode")
 Memory = Literal["anonymous", "mapped"]
 
@@ -210,7 +213,7 @@ class Widths:
         matrix = round(weight_bytes * 2 * intermediate * shape.hidden / (head + shape.layers * layer))
         expanded = layer
         if "layer" in manifest.parts:
-            index = read_index(bundle.file(manifest.parts["layer"].data), shape.layers)
+            index = read_index(bundle.file(manifest.parts["layer"].data), shape.layers).layers
             expanded = sum(
                 math.prod(size) * (4 if len(size) == 1 else 1) for size in index[0].shapes.values()
             )
@@ -242,7 +245,7 @@ def need(bundle: Bundle, plan: ModelPlan, question: Question, widths: Widths | N
         BundleError: the index of layers is damaged.
     """
     sizes = widths or Widths.of(bundle)
-    reader = "" if _by_decoder(plan, question) else {"layers": "layer", "integer": "prefill"}[plan.prefill]
+    reader = "" if _by_decoder(plan, question) else READERS[plan.prefill]
     program = _program(bundle, pictures=question.image_tokens > 0, reader=reader)
     items = [*program, *_weights(bundle.manifest, plan, sizes)]
     if question.image_tokens:
@@ -336,6 +339,8 @@ def _prompt(manifest: Manifest, plan: ModelPlan, question: Question, sizes: Widt
     if not by_decoder and plan.prefill == "layers":
         expanded = sizes.expanded_bytes
         streams = STREAMS * min(tokens, plan.prefill_chunk) * 4 * shape.hidden
+    if not by_decoder and plan.prefill == "native":
+        activations = space_bytes(shape, sizes.intermediate, min(tokens, plan.prefill_chunk), tokens)
     cache = manifest.kv_bytes_per_token
     items = [
         Item("keys and values", "anonymous", ("prefill",), strips + cache * tokens),
@@ -353,7 +358,9 @@ def _prompt(manifest: Manifest, plan: ModelPlan, question: Question, sizes: Widt
             Item("prefill graph", "mapped", ("prefill",), weights, swept=True),
             Item("prefill graph", "mapped", ("decode",), weights),
         ]
-    elif expanded and plan.weights != "mapped":  # else they are those that are counted already
+    elif (
+        not by_decoder and plan.prefill in ("layers", "native") and plan.weights != "mapped"
+    ):  # else they are those that are counted already
         stored = manifest.parts["decoder"].weight_bytes
         items.append(Item("decoder weights, expanded from", "mapped", ("prefill", "decode"), stored))
     return items

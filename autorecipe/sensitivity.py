@@ -7,6 +7,7 @@ tensors, and a `Measurement` of each bundle: the divergence at the positions of 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 import time
@@ -121,7 +122,7 @@ def measure(
     options: SessionOptions | None = None,
     check: bool = False,
 ) -> Measurement:
-    """Score the recorded answers with a bundle.
+    """Score the recorded answers with a bundle, prompts read by the decoder whatever this machine has.
 
     Args:
         bundle: of the model that was recorded, with the same pixel budget.
@@ -140,6 +141,7 @@ def measure(
     total = len(reference) if prompts is None else min(prompts, len(reference))
     same_pillow = reference.fingerprint.versions.get("pillow") == PIL.__version__
     layout = reference.fingerprint.image_layout
+    options = dataclasses.replace(options or SessionOptions(), prefill="decoder")
     with Engine(bundle, options=options, image_layout=layout, reuse=ReuseOptions.off()) as engine:
         for case in islice(reference.cases(), total):
             if check:

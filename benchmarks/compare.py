@@ -59,12 +59,14 @@ class Engine:
         worker: script that measures it.
         python: interpreter that has it.
         model: makes what it loads.
+        prompts: what is to read them; only ours take another word than "auto".
     """
 
     name: str
     worker: str
     python: str
     model: Callable[[], Model]
+    prompts: str = "auto"
 
 
 def engines(models: Models, peers_python: str, torch_python: str) -> list[Engine]:
@@ -73,13 +75,14 @@ def engines(models: Models, peers_python: str, torch_python: str) -> list[Engine
 
     ours = {name: partial(models.bundle, name, *given) for name, given in BUNDLES.items()}
     int4 = ours["int4"]
-    names = {
-        "int4": "ours INT4",
-        "int4-b128": "ours INT4 b128",
-        "int4-prefill": "ours INT4 + int8",
-        "int8": "ours INT8",
-    }
-    found = [Engine(names[name], "peer_ours.py", here, model) for name, model in ours.items()]
+    names = (
+        ("ours INT4", "int4", "auto"),
+        ("ours INT4 by graphs", "int4", "layers"),
+        ("ours INT4 b128", "int4-b128", "auto"),
+        ("ours INT4 + int8", "int4-prefill", "integer"),
+        ("ours INT8", "int8", "auto"),
+    )
+    found = [Engine(name, "peer_ours.py", here, ours[model], prompts) for name, model, prompts in names]
     for form in peer_gguf.FORMATS:
         gguf = partial(models.gguf, form)
         found.append(Engine(f"llama.cpp {form.upper()}", "peer_llama.py", peers_python, gguf))
@@ -190,6 +193,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 prefill=options.prefill,
                 decode_at=options.decode_at,
                 decode_steps=options.steps,
+                prompts=engine.prompts,
             )
             found[engine.name] = run(engine, job, cache=options.workspace / "cache")
             _tell(found[engine.name])

@@ -38,6 +38,7 @@ class Job:
         decode_at: tokens in the cache before the first timed step.
         decode_steps: timed steps.
         repeat: times each prefill is run.
+        prompts: what reads them, for engines that have several ways: `autoglm run --prompts`.
     """
 
     model: str
@@ -47,6 +48,7 @@ class Job:
     decode_at: int = 64
     decode_steps: int = 16
     repeat: int = 1
+    prompts: str = "auto"
 
     @classmethod
     def from_json(cls, text: str) -> Job:

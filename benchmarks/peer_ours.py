@@ -25,7 +25,7 @@ class Ours(GraphSequence):
     def __init__(self, job: Job) -> None:
         """Load decoder and embedding."""
         bundle = Bundle.open(job.model)
-        model = Model(bundle, SessionOptions("cpu", job.threads))
+        model = Model(bundle, SessionOptions("cpu", job.threads, prefill=job.prompts))
         super().__init__(model, job.longest)
         self.facts: dict[str, Any] = {
             "version": f"autoglm-edge {metadata.version('autoglm-edge')}, "

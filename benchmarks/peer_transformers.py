@@ -6,6 +6,7 @@ kernels.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,6 +33,10 @@ class Transformers:
             "bf16_on_matrix_units": torch.backends.cpu.get_cpu_capability(),
         }
 
+        # The argument has another name from transformers 5.24 on.
+        names = inspect.signature(self._model.forward).parameters
+        self._cache_name = "cache" if "cache" in names else "past_key_values"
+
     def reset(self) -> None:
         """An empty cache."""
         self._cache = DynamicCache(config=self._model.config.text_config)
@@ -44,7 +49,7 @@ class Transformers:
         done = self._model(
             input_ids=torch.tensor([list(ids)]),
             position_ids=positions,
-            past_key_values=self._cache,
+            **{self._cache_name: self._cache},
             use_cache=True,
             logits_to_keep=1,
         )

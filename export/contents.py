@@ -185,7 +185,7 @@ def small_files(job: Job) -> dict[str, bytes]:
     files[GENAI_DECODER_NAME] = genai_decoder(files[plans["decoder"].graph_file])
     if job.layer is not None:
         files[LAYER_GRAPH] = _serialized(job.layer.model)
-        files[LAYER_INDEX] = index_to_json(job.layer.layers).encode()
+        files[LAYER_INDEX] = index_to_json(job.layer.index).encode()
     side = job.checkpoint.side_files()
     if clash := sorted(set(side) & {*files, CARD_NAME, GENAI_NAME, *(plan.data_file for plan in job.plans)}):
         raise ExportError(f"the checkpoint wants to add {clash[0]}, a name that the bundle itself uses")

@@ -25,6 +25,7 @@ from .layerwise.layers import Layers
 from .machine.integers import WIDENED
 from .machine.limits import anonymous_bytes, trim_memory
 from .machine.prepared import LogTell, Tell, discard_prepared, prepare, prepared_root, prepared_state
+from .native.layers import NativeLayers
 from .plan import PREFILL_FROM_TOKENS, PREPARED_PARTS, ModelPlan, is_integer, plan_model
 from .prompt.image import PatchedImage
 from .session import MAPPED, SPINNING, Binding, SessionOptions, open_session, run_errors, shrinking_run
@@ -223,6 +224,8 @@ class Model:
             self.forward(embeds, positions, cache, keep=1)
         elif self.plan.prefill == "layers":
             yield from self._layers.prefill(embeds, positions, cache)
+        elif self.plan.prefill == "native":
+            yield from self._native.prefill(embeds, positions, cache)
         else:
             feeds = _feeds(embeds, positions, cache)
             _bound(self._prefill_bindings, self._prefill, cache).run(feeds, {}, self._shrink)
@@ -235,6 +238,10 @@ class Model:
     @cached_property
     def _layers(self) -> Layers:
         return Layers(self.bundle, self.options)
+
+    @cached_property
+    def _native(self) -> NativeLayers:
+        return NativeLayers(self.bundle, self.options.thread_count)
 
     @cached_property
     def _prefill(self) -> ort.InferenceSession:

@@ -19,6 +19,8 @@ from .machine.limits import available_bytes
 from .machine.prepared import prepared_state, room_for
 from .machine.topology import choose_threads
 from .manifest import Manifest
+from .native.layers import can_run_natively
+from .native.unit import Unit, best_unit, unit_reason
 from .session import SessionOptions
 
 PREPARE_FROM_BYTES = 1_000_000_000
@@ -32,8 +34,14 @@ PREFILL_CHUNK = 512
 """Tokens per run of a prefill; bounds its activations."""
 LAYERS_CHUNK = 4096
 """The same where each layer's weights are expanded anew for every such piece: hidden states of 200 MB."""
+NATIVE_CHUNK = 2048
+"""The same for the compiled kernels, which hold all activations of a piece at once: 200 MB at 9B. Weights are
+expanded once per piece, which takes as long as some 100 tokens."""
 PREPARED_PARTS = ("decoder", "vision")
 """The embedding packs nothing, and the prefill graph runs well from its own file."""
+
+
+PromptReader = Literal["native", "integer", "layers", "decoder"]
 
 
 @dataclass(frozen=True)
@@ -41,8 +49,8 @@ class ModelPlan:
     """What was chosen, and why.
 
     Attributes:
-        prefill: what reads prompts: "integer" is the bundle's prefill graph, "layers" the graph of one layer,
-            with the decoder's weights expanded to 8 bits.
+        prefill: what reads prompts: "native" are compiled kernels, "integer" is the bundle's prefill graph,
+            "layers" the graph of one layer, with the decoder's weights expanded to 8 bits.
         prefill_reason: a part of a sentence, as are the others.
         weights: where the decoder's weights are while it runs.
         weights_reason: why.
@@ -53,7 +61,7 @@ class ModelPlan:
         prompt_from: tokens of the shortest prompt that does not go through the decoder.
     """
 
-    prefill: Literal["integer", "layers", "decoder"]
+    prefill: PromptReader
     prefill_reason: str
     weights: Literal["mapped", "packed", "prepared"]
     weights_reason: str
@@ -70,7 +78,12 @@ class ModelPlan:
     @property
     def prefill_chunk(self) -> int:
         """Tokens of a prompt that are run at once, at most."""
-        return LAYERS_CHUNK if self.prefill == "layers" else PREFILL_CHUNK
+        return {"layers": LAYERS_CHUNK, "native": NATIVE_CHUNK}.get(self.prefill, PREFILL_CHUNK)
+
+    @property
+    def takes_breaks(self) -> bool:
+        """Whether prompts are read layer by layer, so that others may run in between."""
+        return self.prefill in ("layers", "native")
 
 
 @dataclass(frozen=True)
@@ -83,6 +96,7 @@ class Machine:
         is_prepared: whether prepared weights of a part are there.
         room: why prepared weights of a part cannot be made; "" if they can.
         compiled: whether layers are expanded by compiled loops.
+        unit: what the compiled kernels for whole layers would use.
     """
 
     available_bytes: int | None
@@ -90,6 +104,7 @@ class Machine:
     is_prepared: Callable[[str], bool]
     room: Callable[[str], str]
     compiled: bool = COMPILED
+    unit: Unit = Unit.NONE
 
     @classmethod
     def of(cls, bundle: Bundle) -> Machine:
@@ -99,6 +114,7 @@ class Machine:
             integers(),
             lambda part: prepared_state(bundle, part).ready,
             lambda part: room_for(bundle, part),
+            unit=best_unit(),
         )
 
 
@@ -122,7 +138,7 @@ def plan_model(bundle: Bundle, options: SessionOptions, machine: Machine | None 
             "would be wrong; export the checkpoint with --precision int8-blocks or int4"
         )
     weights, weights_reason, build = _weights(manifest, options, machine)
-    prefill, prefill_reason = _prefill(manifest, options, machine)
+    prefill, prefill_reason = _prefill(bundle, options, machine)
     return ModelPlan(
         prefill,
         prefill_reason,
@@ -143,11 +159,22 @@ def is_integer(manifest: Manifest, part: str) -> bool:
     return part in manifest.parts and manifest.parts[part].integer
 
 
+def _refuse_native(bundle: Bundle, machine: Machine) -> None:
+    if not can_run_natively(bundle):
+        raise RequestError(
+            "prefill 'native' needs a bundle with 4-bit matrices, keys and values in float32 and the part "
+            "layer of this release, which this one is without; export the checkpoint again, or leave prefill "
+            "out"
+        )
+    if machine.unit != Unit.MATRICES:
+        raise DeviceError(f"prefill 'native' needs AMX, but {unit_reason()}; leave prefill out")
+
+
 def _refuse(options: SessionOptions, manifest: Manifest) -> None:
     if options.weights not in ("auto", "packed"):
         raise RequestError(f"weights {options.weights!r} are for device 'cpu'; leave weights out")
-    if options.prefill == "integer":
-        raise RequestError("prefill 'integer' is for device 'cpu'; leave prefill out")
+    if options.prefill in ("integer", "native"):
+        raise RequestError(f"prefill {options.prefill!r} is for device 'cpu'; leave prefill out")
 
 
 def _weights(
@@ -180,13 +207,16 @@ def _weights(
     return "packed", missing, False
 
 
-def _prefill(
-    manifest: Manifest, options: SessionOptions, machine: Machine
-) -> tuple[Literal["integer", "layers", "decoder"], str]:
+def _prefill(bundle: Bundle, options: SessionOptions, machine: Machine) -> tuple[PromptReader, str]:
     """What reads prompts, and why."""
-    asked = options.prefill
+    manifest, asked = bundle.manifest, options.prefill
     if asked == "decoder":
         return "decoder", "asked for"
+    if asked == "native":
+        _refuse_native(bundle, machine)
+        return "native", f"asked for; from {PREFILL_FROM_TOKENS} tokens on"
+    if asked == "auto" and options.kernels and machine.unit == Unit.MATRICES and can_run_natively(bundle):
+        return "native", f"compiled kernels on AMX; from {PREFILL_FROM_TOKENS} tokens on"
     if asked == "integer" and "prefill" not in manifest.parts:
         raise RequestError(
             "prefill 'integer' needs a bundle with the part prefill, which this one is without; export "

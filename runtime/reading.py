@@ -23,7 +23,7 @@ from .plan import PREFILL_CHUNK, PREFILL_FROM_TOKENS, ModelPlan
 from .prompt.build import Prompt
 from .prompt.image import PatchedImage
 from .reuse.prefix import BLOCK_TOKENS
-from .reuse.sequence import DECODER, LAYERS, PREFILL, image_digest, prompt_keys, stable_length
+from .reuse.sequence import DECODER, LAYERS, NATIVE, PREFILL, image_digest, prompt_keys, stable_length
 
 SCORE_CHUNK = 64
 """Tokens per run when every position is scored: V floats each."""
@@ -108,6 +108,7 @@ class Reading:
         self._beside = beside
         self._digests = [image_digest(image) for image in prompt.images]
         self._graph, self._least = _prefill_graph(runner.plan, scored_from)
+        self._layered = self._graph != DECODER and runner.plan.takes_breaks
         self._keys = prompt_keys(
             prompt, runner.tokens.image, self._digests, graph=self._graph, decoded_from=scored_from
         )
@@ -125,7 +126,7 @@ class Reading:
     @property
     def layered(self) -> bool:
         """Whether its next piece is read layer by layer."""
-        return self._graph == LAYERS and self.left > len(self._prompt.ids) - self._scored_from
+        return self._layered and self.left > len(self._prompt.ids) - self._scored_from
 
     def close(self) -> None:
         """Read no further; what is in the cache stays, and the slot is taken as before."""
@@ -229,7 +230,7 @@ class Reading:
         """Its first token and the one after its last."""
         begin, stop = self.sequence.cache.length, self._scored_from
         size = PREFILL_CHUNK if self._graph == DECODER else self._runner.plan.prefill_chunk
-        if self._graph != LAYERS and self._others():
+        if not self._layered and self._others():
             size = min(size, max(SHARED_CHUNK, self._least))
         end = min(begin + size, stop)
         if 0 < stop - end < self._least:  # so few that are left over would be run by another graph
@@ -243,7 +244,7 @@ class Reading:
         if self._cancelled():
             return
         model, slots = self._runner.model, self._runner.slots
-        if self._graph == LAYERS:
+        if self._layered:
             slots.hold(self.sequence)
             self.inside = True
         try:
@@ -277,4 +278,4 @@ def _prefill_graph(plan: ModelPlan, tokens: int) -> tuple[int, int]:
     """
     if plan.by_decoder(tokens):
         return DECODER, 0
-    return (LAYERS if plan.prefill == "layers" else PREFILL), PREFILL_FROM_TOKENS
+    return {"layers": LAYERS, "native": NATIVE}.get(plan.prefill, PREFILL), PREFILL_FROM_TOKENS

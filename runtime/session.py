@@ -20,7 +20,7 @@ from .machine.topology import choose_threads
 
 Device = Literal["cpu", "cuda"]
 Weights = Literal["auto", "mapped", "packed", "prepared"]
-Prefill = Literal["auto", "integer", "layers", "decoder"]
+Prefill = Literal["auto", "native", "integer", "layers", "decoder"]
 PROVIDERS: dict[str, str] = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 MAX_THREADS = 1024
 MAPPED = {"session.disable_prepacking": "1"}
@@ -40,11 +40,14 @@ class SessionOptions:
         weights: where the decoder's weights are while it runs. "packed": copied into memory in the kernels'
             own layout. "prepared": the same layout, once per machine in a file of the user's cache folder and
             mapped from there. "mapped": the bundle's own file, for graphs in integer form. "auto" chooses.
-        prefill: "integer" reads prompts through the bundle's prefill graph; "layers" layer by layer, with
-            weights that are expanded to 8 bits on the way; "decoder" through the decoder. "auto" chooses.
+        prefill: "native" reads prompts by compiled kernels, on CPUs with AMX; "integer" through the bundle's
+            prefill graph; "layers" layer by layer, with weights that are expanded to 8 bits on the way;
+            "decoder" through the decoder. "auto" chooses.
         prepare: with weights "auto", make prepared weights of a large bundle that has none.
         traces: a folder in which onnxruntime leaves a trace of every session when it is closed: what each
             operator of each run took. None, as a rule: it takes memory as long as the session lives.
+        kernels: with prefill "auto", compiled kernels may read prompts; False leaves that to the graphs, as on
+            processors that the kernels are not for.
     """
 
     device: Device = "cpu"
@@ -53,6 +56,7 @@ class SessionOptions:
     prefill: Prefill = "auto"
     prepare: bool = True
     traces: Path | None = None
+    kernels: bool = True
 
     def __post_init__(self) -> None:
         if not isinstance(self.device, str) or self.device not in PROVIDERS:
@@ -66,8 +70,9 @@ class SessionOptions:
         ):
             if value not in choices:
                 raise RequestError(f"{name} is {value!r}, must be one of {', '.join(choices)}")
-        if not isinstance(self.prepare, bool):
-            raise RequestError(f"prepare is {self.prepare!r}, must be True or False")
+        for name, flag in (("kernels", self.kernels), ("prepare", self.prepare)):
+            if not isinstance(flag, bool):
+                raise RequestError(f"{name} is {flag!r}, must be True or False")
         if self.traces is not None and not (isinstance(self.traces, Path) and self.traces.is_dir()):
             raise RequestError(f"traces is {self.traces!r}, must be the path of a folder that is there")
         if PROVIDERS[self.device] not in ort.get_available_providers():

@@ -51,7 +51,7 @@ make_venv() {
 fingerprint() {
   (cd "$ROOT" && "$VENV_PYTHON" - <<'PYTHON_END'
 import hashlib, os, pathlib, sys
-files = [pathlib.Path("pyproject.toml"), *sorted(pathlib.Path("runtime").rglob("*.c"))]
+files = [pathlib.Path("pyproject.toml"), *sorted(pathlib.Path("runtime").rglob("*.[ch]"))]
 parts = (*(file.read_bytes() for file in files), os.getcwd().encode(), sys.version.encode())
 print(hashlib.sha256(b"\0".join(parts)).hexdigest())
 PYTHON_END

@@ -152,6 +152,7 @@ class FakeModel:
             prefill="layers" if self.layers else "integer" if self.integer else "decoder",
             by_decoder=lambda tokens: tokens < self.prompt_from,
             prefill_chunk=192 if self.layers else 64,
+            takes_breaks=self.layers,
         )
 
     @property

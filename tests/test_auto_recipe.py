@@ -300,7 +300,7 @@ def test_a_mixture_computes_what_its_export_computes(
     assert recipe.name == "int4-mixed"
     for found, same in ((ours, PRESETS["int4-mixed"]), (high, HIGH), (low, PRESETS["int4-all"])):
         exported = bundle_of(checkpoint, recipe=same)
-        report = validate(exported, reference)
+        report = validate(exported, reference, prefill="decoder")
         assert report.candidate is not None
         assert found.sums == measure(Bundle.open(exported), recorded).sums
         assert found.kl == pytest.approx(report.candidate.answer.kl.mean, rel=RUNS_REL)
@@ -390,8 +390,8 @@ def test_the_choice_keeps_its_budget_to_the_byte_and_is_not_worse_than_the_fixed
 ) -> None:
     choice = run.choice
     bundle = export(checkpoint, tmp_path / "auto", recipe=choice.recipe)
-    report = validate(bundle.path, reference)
-    fixed = validate(bundle_of(checkpoint, "int4-mixed"), reference)
+    report = validate(bundle.path, reference, prefill="decoder")
+    fixed = validate(bundle_of(checkpoint, "int4-mixed"), reference, prefill="decoder")
 
     assert report.candidate is not None
     assert fixed.candidate is not None

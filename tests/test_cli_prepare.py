@@ -83,7 +83,7 @@ def test_info_shows_how_the_bundle_would_run_here_without_loading_it(
     document = json.loads(result.stdout)
 
     assert document["plan"]["weights"] == "packed"
-    assert document["plan"]["prefill"] in ("integer", "decoder")
+    assert document["plan"]["prefill"] in ("native", "integer", "decoder")
     assert document["plan"]["threads"] >= 1
     assert document["prepared"]["decoder"]["ready"] is False
     assert document["parts"]["prefill"]["integer"] is True

@@ -85,8 +85,8 @@ def test_the_index_cuts_slices_out_of_the_matrix_as_it_is_stored(
     data = np.memmap(sliced.file("decoder.onnx.data"), np.uint8, "r")
     layers = sliced.manifest.geometry.layers
     for one, other in zip(
-        read_index(whole.file("layers.json"), layers),
-        read_index(sliced.file("layers.json"), layers),
+        read_index(whole.file("layers.json"), layers).layers,
+        read_index(sliced.file("layers.json"), layers).layers,
         strict=True,
     ):
         stored = [matrix.read(data) for matrix in one.matrices if "gate_up" in matrix.weight]

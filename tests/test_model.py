@@ -212,9 +212,8 @@ def run(model: Model, count: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def test_the_prefill_graph_reads_long_pieces_and_the_decoder_short_ones(bundle: Bundle) -> None:
-    model = Model(bundle, SessionOptions(threads=1))
+    model = Model(bundle, SessionOptions(threads=1, prefill="integer"))
     decoder = Model(bundle, SessionOptions(threads=1, prefill="decoder"))
-    assert model.plan.prefill == "integer"
 
     short = run(model, PREFILL_FROM_TOKENS - 1)
     assert "_prefill" not in vars(model)  # not loaded yet
@@ -231,7 +230,7 @@ def test_the_prefill_graph_reads_long_pieces_and_the_decoder_short_ones(bundle: 
 
 
 def test_the_prefill_graph_in_pieces_fills_the_cache_as_in_one(bundle: Bundle) -> None:
-    model = Model(bundle, SessionOptions(threads=1))
+    model = Model(bundle, SessionOptions(threads=1, prefill="integer"))
     ids, positions = ids_and_positions(80)
     whole, pieces = model.new_cache(80), model.new_cache(80)
     model.prefill(model.embed(ids), positions, whole)
@@ -243,7 +242,7 @@ def test_the_prefill_graph_in_pieces_fills_the_cache_as_in_one(bundle: Bundle) -
 
 
 def test_two_caches_share_one_prefill_graph(bundle: Bundle) -> None:
-    model = Model(bundle, SessionOptions(threads=1))
+    model = Model(bundle, SessionOptions(threads=1, prefill="integer"))
     ids, positions = ids_and_positions(40)
     one, two = model.new_cache(40), model.new_cache(64)
     for cache in (one, two):
@@ -271,7 +270,9 @@ def test_a_prefill_graph_that_is_none_is_refused(bundle: Bundle) -> None:
     parts = dict(bundle.manifest.parts)
     parts["prefill"] = dataclasses.replace(parts["prefill"], graph=parts["decoder"].graph)
     manifest = dataclasses.replace(bundle.manifest, parts=parts)
-    model = Model(dataclasses.replace(bundle, manifest=manifest), SessionOptions(threads=1))
+    model = Model(
+        dataclasses.replace(bundle, manifest=manifest), SessionOptions(threads=1, prefill="integer")
+    )
 
     with pytest.raises(BundleError, match=r"num_logits_to_keep is unknown|logits is unknown"):
         run(model, PREFILL_FROM_TOKENS)

@@ -55,7 +55,7 @@ def test_keys_and_values_are_those_that_the_cache_takes(bundle: Bundle) -> None:
 
 def test_the_expanded_layer_is_the_one_of_the_runtime(bundle: Bundle) -> None:
     found = need(bundle, LAYERS, Question(1000))
-    index = read_index(bundle.file("layers.json"), bundle.manifest.geometry.layers)
+    index = read_index(bundle.file("layers.json"), bundle.manifest.geometry.layers).layers
     arrays = [
         np.empty(shape, np.float32 if len(shape) == 1 else np.int8) for shape in index[0].shapes.values()
     ]

@@ -92,8 +92,8 @@ class Job:
 
     @property
     def options(self) -> SessionOptions:
-        """Of the engine's sessions."""
-        return SessionOptions("cpu", self.threads, self.weights, self.prefill, self.prepare)
+        """Of the engine's sessions; no phone has what the compiled kernels need."""
+        return SessionOptions("cpu", self.threads, self.weights, self.prefill, self.prepare, kernels=False)
 
     def to_json(self) -> str:
         """As JSON, names as here."""

@@ -32,7 +32,7 @@ image_layout_option = click.option(
 )
 prompts_option = click.option(
     "--prompts",
-    type=click.Choice(["auto", "integer", "layers", "decoder"]),
+    type=click.Choice(["auto", "native", "integer", "layers", "decoder"]),
     default="auto",
     show_default=True,
     help="What reads prompts.",

@@ -15,7 +15,7 @@ from autoglm_edge.export.source.config import ModelConfig
 from autoglm_edge.quantize.channels import ChannelFormat
 from autoglm_edge.quantize.formats import BlockFormat
 from autoglm_edge.quantize.recipe import Recipe, Rule
-from autoglm_edge.runtime.layerwise.index import LayerWeights, Matrix, Vector
+from autoglm_edge.runtime.layerwise.index import LayerForm, LayerIndex, LayerWeights, Matrix, Vector
 
 from .decoder import STEM
 from .kv import KV
@@ -34,11 +34,11 @@ class LayerPlan:
 
     Attributes:
         model: the graph; every weight is an input.
-        layers: in their order.
+        index: of all layers.
     """
 
     model: ir.Model
-    layers: tuple[LayerWeights, ...]
+    index: LayerIndex
 
 
 def plan_open_layer(
@@ -74,7 +74,9 @@ def plan_open_layer(
                 (piece,) = source.pieces
                 vectors.append(Vector(weight.name, source.columns, piece.offset))
         layers.append(LayerWeights(tuple(matrices), tuple(vectors)))
-    return LayerPlan(_opened(plan), tuple(layers))
+    text = config.text
+    form = LayerForm(text.norm_eps, text.rope_theta, text.rotary_dim, tuple(text.mrope_section))
+    return LayerPlan(_opened(plan), LayerIndex(tuple(layers), form))
 
 
 def _matrix(weight: Weight, source: Weight) -> Matrix:

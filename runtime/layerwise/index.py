@@ -1,8 +1,8 @@
 """Where the weights of each decoder layer lie in the decoder's data file, and what they become in a run.
 
-In: the index file of a bundle (docs/bundle.md, "The layer"). Out: `LayerWeights`, in the order of the layers,
-and from a mapped data file the arrays themselves. The export writes the file with `index_to_json`. Knows
-nothing of graphs and runs.
+In: the index file of a bundle (docs/bundle.md, "The layer"). Out: a `LayerIndex`: `LayerWeights` in the order
+of the layers, what a layer computes with them, and from a mapped data file the arrays themselves. The export
+writes the file with `index_to_json`. Knows nothing of graphs and runs.
 """
 
 from __future__ import annotations
@@ -119,19 +119,80 @@ class LayerWeights:
         return found | {vector.name: (vector.length,) for vector in self.vectors}
 
 
-def index_to_json(layers: tuple[LayerWeights, ...]) -> str:
-    """The index as it stands in a bundle, in the order of the layers; read by `read_index`."""
+@dataclass(frozen=True)
+class LayerForm:
+    """What a layer computes beside its weights' shapes, for a runtime that does without the graph.
+
+    Attributes:
+        norm_eps: added to mean squares.
+        rope_theta: base of the rotary embedding.
+        rotary_dim: values of a head that turn, the first ones, in pairs of neighbours.
+        mrope_section: pairs that turn by time, height and width, in this order.
+    """
+
+    norm_eps: float
+    rope_theta: float
+    rotary_dim: int
+    mrope_section: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        pairs = self.mrope_section
+        if len(pairs) != 3 or min(pairs) < 0 or 2 * sum(pairs) != self.rotary_dim:
+            raise BundleError(f"mrope_section is {list(pairs)}, rotary_dim {self.rotary_dim}; {AGAIN}")
+        if not (0 < self.norm_eps < 1 and 0 < self.rope_theta < math.inf):
+            raise BundleError(f"norm_eps is {self.norm_eps}, rope_theta {self.rope_theta}; {AGAIN}")
+
+    @classmethod
+    def from_json(cls, entry: Any) -> LayerForm:
+        """As it stands in an index.
+
+        Raises:
+            BundleError: it is something else.
+        """
+        found = _built(_StoredForm, entry)
+        pairs = found.mrope_section
+        if not all(isinstance(count, int) and not isinstance(count, bool) for count in pairs):
+            raise BundleError(f"mrope_section is {pairs}, must be three integers; {AGAIN}")
+        return cls(found.norm_eps, found.rope_theta, found.rotary_dim, tuple(pairs))
+
+
+@dataclass(frozen=True)
+class _StoredForm:
+    """A form before its values are checked."""
+
+    norm_eps: float
+    rope_theta: float
+    rotary_dim: int
+    mrope_section: list[int]
+
+
+@dataclass(frozen=True)
+class LayerIndex:
+    """What the file holds.
+
+    Attributes:
+        layers: in their order, all of one shape.
+        form: None in bundles from before it was stored.
+    """
+
+    layers: tuple[LayerWeights, ...]
+    form: LayerForm | None = None
+
+
+def index_to_json(index: LayerIndex) -> str:
+    """The index as it stands in a bundle; read by `read_index`."""
     document = [
         {
             "matrices": [vars(matrix) for matrix in layer.matrices],
             "vectors": [vars(vector) for vector in layer.vectors],
         }
-        for layer in layers
+        for layer in index.layers
     ]
-    return json.dumps({"layers": document}, indent=1) + "\n"
+    form = {} if index.form is None else {"form": vars(index.form)}
+    return json.dumps({**form, "layers": document}, indent=1) + "\n"
 
 
-def read_index(path: Path, layers: int) -> tuple[LayerWeights, ...]:
+def read_index(path: Path, layers: int) -> LayerIndex:
     """Read where the weights of each layer lie.
 
     Args:
@@ -150,13 +211,14 @@ def read_index(path: Path, layers: int) -> tuple[LayerWeights, ...]:
             )
             for layer in document["layers"]
         )
+        form = LayerForm.from_json(document["form"]) if "form" in document else None
     except BundleError as error:
         raise BundleError(f"{path}: {error}") from error
     except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
         raise BundleError(f"{path} is not an index of layers ({error}); {AGAIN}") from error
     if len(found) != layers or any(layer.shapes != found[0].shapes for layer in found):
         raise BundleError(f"{path} must have {layers} layers of one shape; {AGAIN}")
-    return found
+    return LayerIndex(found, form)
 
 
 def cut_array(
@@ -175,8 +237,8 @@ def cut_array(
 
 
 def _built(kind: Any, entry: Any) -> Any:
-    """A `Matrix` or `Vector` from JSON; every field there, of its type, and no other."""
-    hints = {"str": str, "int": int}
+    """A record from JSON; every field there, of its type, and no other."""
+    hints = {"str": str, "int": int, "float": float, "list[int]": list}
     wanted = {name: hints[hint] for name, hint in kind.__annotations__.items()}
     if not isinstance(entry, dict) or entry.keys() != wanted.keys():
         raise BundleError(f"an entry has the keys {sorted(entry)}, must have {sorted(wanted)}; {AGAIN}")

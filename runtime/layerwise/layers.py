@@ -44,7 +44,7 @@ class Layers:
             BundleError: the bundle's parts do not fit together.
         """
         parts = bundle.manifest.parts
-        self._index = read_index(bundle.file(parts["layer"].data), bundle.manifest.geometry.layers)
+        self._index = read_index(bundle.file(parts["layer"].data), bundle.manifest.geometry.layers).layers
         graph = bundle.file(parts["layer"].graph)
         self._session = open_session(graph, options)
         given = {value.name: value.shape for value in self._session.get_inputs()}

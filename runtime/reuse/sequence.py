@@ -25,8 +25,8 @@ from autoglm_edge.runtime.prompt.image import PatchedImage
 
 Keys = NDArray[np.int64]
 COLUMNS = 7
-DECODER, PREFILL, LAYERS = 0, 1, 2
-"""Graphs that compute keys and values."""
+DECODER, PREFILL, LAYERS, NATIVE = 0, 1, 2, 3
+"""What computes keys and values."""
 
 
 def image_digest(image: PatchedImage) -> bytes:
