@@ -46,8 +46,8 @@ class SessionOptions:
         prepare: with weights "auto", make prepared weights of a large bundle that has none.
         traces: a folder in which onnxruntime leaves a trace of every session when it is closed: what each
             operator of each run took. None, as a rule: it takes memory as long as the session lives.
-        kernels: with prefill "auto", compiled kernels may read prompts; False leaves that to the graphs, as on
-            processors that the kernels are not for.
+        kernels: with prefill "auto", compiled kernels may read prompts; False leaves that to the graphs, as
+            on processors that the kernels are not for.
     """
 
     device: Device = "cpu"
