@@ -45,22 +45,33 @@ size_t room_bytes(ptrdiff_t rows, ptrdiff_t blocks)
     return lay_out(&room, NULL, rows, blocks) + 64;
 }
 
+/* Which of 16 columns are there. */
+static inline __mmask16 columns_from(ptrdiff_t own, ptrdiff_t count)
+{
+    return count - own >= SIDE ? (__mmask16)0xffff : (__mmask16)((1u << (count - own)) - 1);
+}
+
+/* Where the sums of a row and of 16 columns are. */
+static inline const int32_t *sums_of(const int32_t *sums, ptrdiff_t line, ptrdiff_t own)
+{
+    return sums + own / PAIR * (PAIR * PAIR) + line / SIDE * 512 + own / SIDE % 2 * 256 + line % SIDE * SIDE;
+}
+
+/* Row by row: what a row gets lies side by side, and the next row is in another page. */
 VECTOR static void write_plain(const Product *product, const Room *room, const int32_t *sums, ptrdiff_t row,
                                ptrdiff_t first, ptrdiff_t count, ptrdiff_t column)
 {
-    for (ptrdiff_t own = 0; own < count; own += SIDE) {
-        const int here = count - own < SIDE ? (int)(count - own) : SIDE;
-        const __mmask16 there = (__mmask16)((1u << here) - 1);
-        const __m512 scale = _mm512_maskz_loadu_ps(there, room->terms[0].scales + own);
-        const __m512 bias = product->bias == NULL ? _mm512_setzero_ps()
-                                                  : _mm512_maskz_loadu_ps(there, product->bias + first + own);
-        const int32_t *pair = sums + own / PAIR * (PAIR * PAIR) + own / SIDE % 2 * 256;
-        for (ptrdiff_t line = 0; line < PAIR && row + line < product->rows; line++) {
-            const __m512 sum = _mm512_cvtepi32_ps(_mm512_loadu_si512(pair + line / SIDE * 512 + line % SIDE * SIDE));
-            const __m512 scaled =
-                _mm512_mul_ps(_mm512_mul_ps(sum, scale), _mm512_set1_ps(product->row_scales[row + line]));
-            _mm512_mask_storeu_ps(product->target + (row + line) * product->stride + column + own, there,
-                                  _mm512_add_ps(scaled, bias));
+    for (ptrdiff_t line = 0; line < PAIR && row + line < product->rows; line++) {
+        const __m512 by_row = _mm512_set1_ps(product->row_scales[row + line]);
+        float *target = product->target + (row + line) * product->stride + column;
+        for (ptrdiff_t own = 0; own < count; own += SIDE) {
+            const __mmask16 there = columns_from(own, count);
+            const __m512 sum = _mm512_cvtepi32_ps(_mm512_loadu_si512(sums_of(sums, line, own)));
+            const __m512 scale = _mm512_maskz_loadu_ps(there, room->terms[0].scales + own);
+            __m512 value = _mm512_mul_ps(_mm512_mul_ps(sum, scale), by_row);
+            if (product->bias != NULL)
+                value = _mm512_add_ps(value, _mm512_maskz_loadu_ps(there, product->bias + first + own));
+            _mm512_mask_storeu_ps(target + own, there, value);
         }
     }
 }
@@ -70,24 +81,20 @@ VECTOR static void write_gated(const Product *product, const Room *room, const i
                                ptrdiff_t count, ptrdiff_t column)
 {
     const __m512 one = _mm512_set1_ps(1.0f);
-    for (ptrdiff_t own = 0; own < count; own += SIDE) {
-        const int here = count - own < SIDE ? (int)(count - own) : SIDE;
-        const __mmask16 there = (__mmask16)((1u << here) - 1);
-        const __m512 gate_scale = _mm512_maskz_loadu_ps(there, room->terms[0].scales + own);
-        const __m512 up_scale = _mm512_maskz_loadu_ps(there, room->terms[1].scales + own);
-        const int32_t *gates = sums + own / PAIR * (PAIR * PAIR) + own / SIDE % 2 * 256;
-        const int32_t *ups = gates + PANEL / 2 / PAIR * (PAIR * PAIR);
-        for (ptrdiff_t line = 0; line < PAIR && row + line < product->rows; line++) {
-            const ptrdiff_t place = line / SIDE * 512 + line % SIDE * SIDE;
-            const __m512 by_row = _mm512_set1_ps(product->row_scales[row + line]);
-            const __m512 gate =
-                _mm512_mul_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_loadu_si512(gates + place)), gate_scale), by_row);
-            const __m512 up =
-                _mm512_mul_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_loadu_si512(ups + place)), up_scale), by_row);
+    for (ptrdiff_t line = 0; line < PAIR && row + line < product->rows; line++) {
+        const __m512 by_row = _mm512_set1_ps(product->row_scales[row + line]);
+        float *target = product->target + (row + line) * product->stride + column;
+        for (ptrdiff_t own = 0; own < count; own += SIDE) {
+            const __mmask16 there = columns_from(own, count);
+            const __m512 gates = _mm512_cvtepi32_ps(_mm512_loadu_si512(sums_of(sums, line, own)));
+            const __m512 ups = _mm512_cvtepi32_ps(_mm512_loadu_si512(sums_of(sums, line, PANEL / 2 + own)));
+            const __m512 gate_scale = _mm512_maskz_loadu_ps(there, room->terms[0].scales + own);
+            const __m512 up_scale = _mm512_maskz_loadu_ps(there, room->terms[1].scales + own);
+            const __m512 gate = _mm512_mul_ps(_mm512_mul_ps(gates, gate_scale), by_row);
+            const __m512 up = _mm512_mul_ps(_mm512_mul_ps(ups, up_scale), by_row);
             const __m512 silu =
                 _mm512_div_ps(gate, _mm512_add_ps(one, exp_of(_mm512_sub_ps(_mm512_setzero_ps(), gate))));
-            _mm512_mask_storeu_ps(product->target + (row + line) * product->stride + column + own, there,
-                                  _mm512_mul_ps(silu, up));
+            _mm512_mask_storeu_ps(target + own, there, _mm512_mul_ps(silu, up));
         }
     }
 }
