@@ -241,7 +241,7 @@ class Model:
 
     @cached_property
     def _native(self) -> NativeLayers:
-        return NativeLayers(self.bundle, self.options.thread_count)
+        return NativeLayers(self.bundle, self.options.thread_count, traces=self.options.traces)
 
     @cached_property
     def _prefill(self) -> ort.InferenceSession:

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from autoglm_edge.errors import BundleError, DeviceError, RequestError
+from autoglm_edge.measure.profile import read_trace
 from autoglm_edge.runtime.bundle import Bundle
 from autoglm_edge.runtime.layerwise import tiles
 from autoglm_edge.runtime.layerwise.blocks import Blocks
@@ -530,6 +531,21 @@ def test_the_engine_takes_them_for_prompts_and_says_so(bundle: Bundle) -> None:
     assert last.timings is not None and last.timings.plan is not None
     assert last.timings.plan.prefill == "native"
     assert warm == cold
+
+
+@needs_kernels
+def test_a_trace_tells_what_each_kernel_took(bundle: Bundle, tmp_path: Path) -> None:
+    model = Model(bundle, SessionOptions(threads=1))
+    reader = NativeLayers(bundle, 2, Unit.VECTORS, traces=tmp_path)
+    for _ in range(2):
+        filled(model, reader, 64)
+    del reader
+
+    (path,) = tmp_path.iterdir()
+    found = read_trace(path.read_bytes())  # of the second run
+
+    assert {"multiply", "attend", "round_rows", "join_rows", "rotate_rows", "pack_keys"} == set(found)
+    assert all(seconds > 0 for seconds in found.values())
 
 
 @needs_kernels

@@ -7,13 +7,16 @@ piece of it takes. Knows nothing of what the kernels do.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from types import TracebackType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from .trace import Trace
 
 _TASKS = 4
 """Pieces per thread where rows are handed out beforehand."""
@@ -22,9 +25,10 @@ _TASKS = 4
 class Crew:
     """A context manager of `threads` threads, each with scratch memory of its own."""
 
-    def __init__(self, threads: int, scratch_bytes: int = 0) -> None:
+    def __init__(self, threads: int, scratch_bytes: int = 0, trace: Trace | None = None) -> None:
         """Start with the scratch memory of each, which is touched when it is first used."""
         self._threads = threads
+        self._trace = trace
         self._pool = ThreadPoolExecutor(threads, "native")
         self._scratch = [np.empty(scratch_bytes, np.uint8) for _ in range(threads)]
 
@@ -48,18 +52,15 @@ class Crew:
             scratch: whether it takes any.
         """
         counter: NDArray[np.int64] = np.zeros(1, np.int64)
-        self._wait(
-            [self._pool.submit(kernel, *given, counter, *([own] if scratch else [])) for own in self._scratch]
-        )
+        work = [(kernel, *given, counter, *([own] if scratch else [])) for own in self._scratch]
+        self._run(kernel.__name__, work)
 
-    def rows(self, kernel: Callable[[int, int], None], count: int) -> None:
-        """Run a kernel on all rows: it is given the first one and how many."""
+    def rows(self, name: str, kernel: Callable[[int, int], None], count: int) -> None:
+        """Run a kernel on all rows: it is given the first one and how many; `name` is for traces."""
         step = max(1, -(-count // (self._threads * _TASKS)))
-        self._wait(
-            [self._pool.submit(kernel, first, min(step, count - first)) for first in range(0, count, step)]
-        )
+        self._run(name, [(kernel, first, min(step, count - first)) for first in range(0, count, step)])
 
-    @staticmethod
-    def _wait(work: list[Any]) -> None:
-        for piece in work:
-            piece.result()
+    def _run(self, name: str, work: Sequence[tuple[Any, ...]]) -> None:
+        with nullcontext() if self._trace is None else self._trace.kernel(name):
+            for piece in [self._pool.submit(*call) for call in work]:
+                piece.result()

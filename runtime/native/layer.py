@@ -240,7 +240,7 @@ class Layer:
         def work(first: int, count: int) -> None:
             kernels.round_rows(x, weight, eps, width, first, count, space.tiles, space.row_scales)
 
-        crew.rows(work, len(x))
+        crew.rows("round_rows", work, len(x))
 
     def _multiply(
         self,
@@ -292,7 +292,7 @@ class Layer:
                 count,
             )
 
-        crew.rows(turn, tokens)
+        crew.rows("rotate_rows", turn, tokens)
         fresh = space.projected[:, widths.attended :].reshape(tokens, 2, widths.kv_heads, size)
         for kind, buffer in enumerate(cache):
             buffer[:, past : past + tokens] = fresh[:, kind].swapaxes(0, 1)
@@ -302,7 +302,7 @@ class Layer:
             for head in range(first, first + count):
                 kernels.pack_keys(keys[head], values[head], size, past + tokens, size, space.packed[head])
 
-        crew.rows(pack, widths.kv_heads)
+        crew.rows("pack_keys", pack, widths.kv_heads)
 
     def _attend(self, space: Space, cache: tuple[NDArray[Any], NDArray[Any]], keys: int, crew: Crew) -> None:
         widths = self.widths
@@ -343,7 +343,7 @@ class Layer:
                 space.row_scales,
             )
 
-        crew.rows(work, len(space.stream))
+        crew.rows("join_rows", work, len(space.stream))
 
 
 def rotary_angles(positions: NDArray[np.int64], form: LayerForm) -> tuple[Floats, Floats]:

@@ -7,7 +7,10 @@ bytes inside a core's cache, so nothing but activations takes memory.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +22,7 @@ from autoglm_edge.runtime.layerwise.index import read_index
 
 from .crew import Crew
 from .layer import Layer, Space, Weights, Widths, check_widths, rotary_angles
+from .trace import Trace
 from .unit import Unit, kernels
 
 WIDEST_HEAD = 256
@@ -28,13 +32,16 @@ WIDEST_HEAD = 256
 class NativeLayers:
     """Runs prompts through a bundle's decoder, a layer at a time."""
 
-    def __init__(self, bundle: Bundle, threads: int, unit: Unit = Unit.MATRICES) -> None:
+    def __init__(
+        self, bundle: Bundle, threads: int, unit: Unit = Unit.MATRICES, traces: Path | None = None
+    ) -> None:
         """Read the index; weights are not touched.
 
         Args:
             bundle: one that `can_run_natively`.
             threads: of one kernel.
             unit: what multiplies.
+            traces: a folder in which a trace of all kernels is left at the end, as in SessionOptions.
 
         Raises:
             BundleError: the bundle's parts do not fit together.
@@ -54,6 +61,10 @@ class NativeLayers:
         check_widths(self._weights, widths)
         self._layer = Layer(widths, unit)
         self._threads = threads
+        self._trace: Trace | None = None
+        if traces is not None:
+            self._trace = Trace(traces / f"native_{id(self)}.json")
+            weakref.finalize(self, self._trace.write)
 
     def prefill(
         self, embeds: NDArray[np.float32], positions: NDArray[np.int64], cache: KVCache
@@ -84,7 +95,8 @@ class NativeLayers:
             ) from error
         space.stream[:] = embeds[0]
         buffers = cache.past
-        with Crew(self._threads, room) as crew:
+        run = nullcontext() if self._trace is None else self._trace.run()
+        with run, Crew(self._threads, room, self._trace) as crew:
             for number, weights in enumerate(self._weights):
                 if number:
                     yield
