@@ -30,6 +30,8 @@ HERE = ROOT / "benchmarks"
 RESULTS = HERE / "results"
 PAGE = ROOT / "docs" / "benchmarks.md"
 PLOTS = ROOT / "docs" / "plots"
+WITHOUT = "without-amx"
+"""Folder for the documents of a machine whose processor has no matrix units; only read."""
 NAMES = (
     "full_size",
     "bench-int4",
@@ -59,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def write_page(results: Path, page: Path, plots: Path) -> None:
     """Tables into the page, plots beside it."""
     text = page.read_text(encoding="utf-8")
-    page.write_text(insert(text, sections(collect(results))), encoding="utf-8")
+    page.write_text(insert(text, sections(collect(results), collect(results / WITHOUT))), encoding="utf-8")
     for plot in ("compare.svg", "compare-40.svg", "agent_step.svg"):
         if (results / plot).exists():
             plots.mkdir(parents=True, exist_ok=True)

@@ -25,7 +25,9 @@ import lookup  # noqa: E402
 import peer_gguf  # noqa: E402
 import peer_job  # noqa: E402
 import report  # noqa: E402
+import report_pieces  # noqa: E402
 import report_tables  # noqa: E402
+import report_targets  # noqa: E402
 from compare_models import layer_weights, step_weights  # noqa: E402
 
 GEOMETRY = {
@@ -335,7 +337,7 @@ def test_a_replay_reuses_what_prompts_share_and_decodes_as_many_tokens_as_asked(
     assert [step["number"] for step in cold["steps"]] == [3]
     assert all(step["answer_tokens"] == 5 for step in warm["steps"] + cold["steps"])
     for step in warm["steps"][1:]:
-        assert 0 <= step["shared_tokens"] - step["reused_tokens"] < report_tables.REUSE_BLOCK
+        assert 0 <= step["shared_tokens"] - step["reused_tokens"] < report_targets.REUSE_BLOCK
         assert step["shared_tokens"] > 0
     assert cold["steps"][0]["reused_tokens"] == 0
     assert cold["steps"][0]["prompt_tokens"] == warm["steps"][2]["prompt_tokens"]
@@ -402,16 +404,16 @@ def test_the_page_has_every_section_and_keeps_its_text(tmp_path: Path) -> None:
 
 
 def test_without_figures_every_target_says_so_and_none_is_reached() -> None:
-    rows = report_tables.targets({}).splitlines()[2:]
+    rows = report_targets.targets({}).splitlines()[2:]
 
     assert len(rows) >= 10
-    assert all(report_tables.MISSING in row and "yes" not in row for row in rows)
-    for text in report_tables.sections({}).values():
+    assert all(report_pieces.MISSING in row and "yes" not in row for row in rows)
+    for text in report_tables.sections({}, {}).values():
         assert text
 
 
 def test_a_target_is_reached_or_not_by_its_figure(document: dict[str, Any]) -> None:
-    text = report_tables.targets({"compare": document})
+    text = report_targets.targets({"compare": document})
 
     assert "| ≥ llama.cpp Q4_0 | 1.50 × | yes |" in text
     assert "| ≥ 75 % of weight bytes ÷ read bandwidth | 60% | **no** |" in text

@@ -1,7 +1,8 @@
 """Times of kernels, written as onnxruntime writes its traces, so that one reader serves both.
 
-In: what runs, while it runs. Out: a file of events (Chrome's trace format, times in microseconds): "model_run"
-is a piece of a prompt, what ends in "_kernel_time" a kernel's part of it. Knows nothing of kernels.
+In: what runs, while it runs. Out: a file of events (Chrome's trace format, times in microseconds):
+"model_run" is a piece of a prompt, what ends in "_kernel_time" a kernel's part of it. Knows nothing of
+kernels.
 """
 
 from __future__ import annotations
