@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from test_layers import damaged
 
 from autoglm_edge.errors import BundleError, DeviceError, RequestError
 from autoglm_edge.measure.profile import read_trace
@@ -600,18 +599,13 @@ def test_asking_for_the_kernels_is_refused_where_the_bundle_is_not_for_them(
 
 def with_form(bundle: Bundle, folder: Path, form: Any) -> Bundle:
     """A copy with another form in its index, or none."""
-    shutil.copytree(bundle.path, folder)
-    document = json.loads((folder / "layers.json").read_text())
-    document.pop("form")
-    if form is not None:
-        document["form"] = form
-    (folder / "layers.json").write_text(json.dumps(document))
-    manifest = json.loads((folder / "manifest.json").read_text())
-    for entry in manifest["files"]:
-        if entry["path"] == "layers.json":
-            entry["size_bytes"] = (folder / "layers.json").stat().st_size
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-    return Bundle.open(folder)
+
+    def change(document: dict[str, Any]) -> None:
+        document.pop("form")
+        if form is not None:
+            document["form"] = form
+
+    return damaged(bundle, folder, change)
 
 
 GOOD = {"norm_eps": 1e-5, "rope_theta": 10000.0, "rotary_dim": 64, "mrope_section": [8, 12, 12]}

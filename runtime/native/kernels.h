@@ -21,7 +21,6 @@
 #include <immintrin.h>
 #define VECTOR                                                                                                         \
     __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16,avx2,fma,bmi2")))
-#define MATRIX __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,amx-tile,amx-int8,amx-bf16")))
 #endif
 
 #define SIDE 16         /* rows of a tile */

@@ -5,10 +5,17 @@
 #ifdef HAS_KERNELS
 #include <string.h>
 
-/* The intrinsics for tiles do not say that they touch memory, to some compilers at least. */
-#define MEMORY __asm__ volatile("" ::: "memory")
+/* Instructions as such, since the intrinsics do not tell every compiler that they touch memory (gcc 12). Compilers know
+   nothing of these registers, so nothing has to be kept for them. */
+#define LOAD(tile, from) \
+    __asm__ volatile("tileloadd (%0,%1,1), %%tmm" #tile : : "r"(from), "r"((ptrdiff_t)DEPTH) : "memory")
+#define STORE(tile, to) \
+    __asm__ volatile("tilestored %%tmm" #tile ", (%0,%1,1)" : : "r"(to), "r"((ptrdiff_t)DEPTH) : "memory")
+#define CLEAR(tile) __asm__ volatile("tilezero %%tmm" #tile : : :)
+#define ADD_BYTES(to, a, b) __asm__ volatile("tdpbssd %%tmm" #b ", %%tmm" #a ", %%tmm" #to : : :)
+#define ADD_FLOATS(to, a, b) __asm__ volatile("tdpbf16ps %%tmm" #b ", %%tmm" #a ", %%tmm" #to : : :)
 
-MATRIX void open_matrices(void)
+void open_matrices(void)
 {
     struct {
         uint8_t palette, start, reserved[14];
@@ -24,84 +31,80 @@ MATRIX void open_matrices(void)
     __asm__ volatile("ldtilecfg %0" : : "m"(shapes) : "memory");
 }
 
-MATRIX void close_matrices(void) { __asm__ volatile("tilerelease" ::: "memory"); }
+void close_matrices(void) { __asm__ volatile("tilerelease" ::: "memory"); }
 
-MATRIX void bytes_by_matrices(const int8_t *a, ptrdiff_t a_next, const int8_t *b, ptrdiff_t b_next, int32_t *c,
-                              ptrdiff_t steps, int add)
+/* Registers 0 to 3 are the results: the four tiles at c, 256 values of 4 bytes each, or zeros. */
+static inline void take_results(const void *c, int add)
 {
-    MEMORY;
+    const char *tile = c;
     if (add) {
-        _tile_loadd(0, c, DEPTH);
-        _tile_loadd(1, c + 256, DEPTH);
-        _tile_loadd(2, c + 512, DEPTH);
-        _tile_loadd(3, c + 768, DEPTH);
+        LOAD(0, tile);
+        LOAD(1, tile + TILE_BYTES);
+        LOAD(2, tile + 2 * TILE_BYTES);
+        LOAD(3, tile + 3 * TILE_BYTES);
     } else {
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
+        CLEAR(0);
+        CLEAR(1);
+        CLEAR(2);
+        CLEAR(3);
     }
-    for (ptrdiff_t step = 0; step < steps; step++) {
-        _tile_loadd(4, a + step * TILE_BYTES, DEPTH);
-        _tile_loadd(6, b + step * TILE_BYTES, DEPTH);
-        _tile_loadd(5, a + a_next + step * TILE_BYTES, DEPTH);
-        _tile_loadd(7, b + b_next + step * TILE_BYTES, DEPTH);
-        _tile_dpbssd(0, 4, 6);
-        _tile_dpbssd(1, 4, 7);
-        _tile_dpbssd(2, 5, 6);
-        _tile_dpbssd(3, 5, 7);
-    }
-    _tile_stored(0, c, DEPTH);
-    _tile_stored(1, c + 256, DEPTH);
-    _tile_stored(2, c + 512, DEPTH);
-    _tile_stored(3, c + 768, DEPTH);
-    MEMORY;
 }
 
-MATRIX void split_by_matrices(const uint16_t *a, ptrdiff_t a_next, ptrdiff_t a_low, const uint16_t *b, ptrdiff_t b_next,
+static inline void give_results(void *c)
+{
+    char *tile = c;
+    STORE(0, tile);
+    STORE(1, tile + TILE_BYTES);
+    STORE(2, tile + 2 * TILE_BYTES);
+    STORE(3, tile + 3 * TILE_BYTES);
+}
+
+void bytes_by_matrices(const int8_t *a, ptrdiff_t a_next, const int8_t *b, ptrdiff_t b_next, int32_t *c,
+                       ptrdiff_t steps, int add)
+{
+    take_results(c, add);
+    for (ptrdiff_t step = 0; step < steps; step++) {
+        LOAD(4, a + step * TILE_BYTES);
+        LOAD(6, b + step * TILE_BYTES);
+        LOAD(5, a + a_next + step * TILE_BYTES);
+        LOAD(7, b + b_next + step * TILE_BYTES);
+        ADD_BYTES(0, 4, 6);
+        ADD_BYTES(1, 4, 7);
+        ADD_BYTES(2, 5, 6);
+        ADD_BYTES(3, 5, 7);
+    }
+    give_results(c);
+}
+
+void split_by_matrices(const uint16_t *a, ptrdiff_t a_next, ptrdiff_t a_low, const uint16_t *b, ptrdiff_t b_next,
                               ptrdiff_t b_low, float *c, ptrdiff_t steps, int add)
 {
     const ptrdiff_t tile = TILE_BYTES / 2;
-    MEMORY;
-    if (add) {
-        _tile_loadd(0, c, DEPTH);
-        _tile_loadd(1, c + 256, DEPTH);
-        _tile_loadd(2, c + 512, DEPTH);
-        _tile_loadd(3, c + 768, DEPTH);
-    } else {
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
-    }
+    take_results(c, add);
     for (ptrdiff_t step = 0; step < steps; step++) {
         const uint16_t *left = a + step * tile, *right = b + step * tile;
-        _tile_loadd(4, left, DEPTH);
-        _tile_loadd(5, left + a_next, DEPTH);
-        _tile_loadd(6, right + b_low, DEPTH);
-        _tile_loadd(7, right + b_next + b_low, DEPTH);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_dpbf16ps(1, 4, 7);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
-        _tile_loadd(6, right, DEPTH);
-        _tile_loadd(7, right + b_next, DEPTH);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_dpbf16ps(1, 4, 7);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
-        _tile_loadd(4, left + a_low, DEPTH);
-        _tile_loadd(5, left + a_next + a_low, DEPTH);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_dpbf16ps(1, 4, 7);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
+        LOAD(4, left);
+        LOAD(5, left + a_next);
+        LOAD(6, right + b_low);
+        LOAD(7, right + b_next + b_low);
+        ADD_FLOATS(0, 4, 6);
+        ADD_FLOATS(1, 4, 7);
+        ADD_FLOATS(2, 5, 6);
+        ADD_FLOATS(3, 5, 7);
+        LOAD(6, right);
+        LOAD(7, right + b_next);
+        ADD_FLOATS(0, 4, 6);
+        ADD_FLOATS(1, 4, 7);
+        ADD_FLOATS(2, 5, 6);
+        ADD_FLOATS(3, 5, 7);
+        LOAD(4, left + a_low);
+        LOAD(5, left + a_next + a_low);
+        ADD_FLOATS(0, 4, 6);
+        ADD_FLOATS(1, 4, 7);
+        ADD_FLOATS(2, 5, 6);
+        ADD_FLOATS(3, 5, 7);
     }
-    _tile_stored(0, c, DEPTH);
-    _tile_stored(1, c + 256, DEPTH);
-    _tile_stored(2, c + 512, DEPTH);
-    _tile_stored(3, c + 768, DEPTH);
-    MEMORY;
+    give_results(c);
 }
 
 #define LINES 8 /* rows of results in registers at once: 8 times two vectors of 16 columns */
@@ -146,6 +149,9 @@ VECTOR void bytes_by_vectors(const int8_t *a, ptrdiff_t a_next, const int8_t *b,
     }
 }
 
+/* sum += pairs of bfloat16 times pairs of bfloat16; its intrinsic, given one pair for all lanes, crashes clang 16. */
+#define ADD_PAIRS(sum, a, b) __asm__("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b))
+
 VECTOR void split_by_vectors(const uint16_t *a, ptrdiff_t a_next, ptrdiff_t a_low, const uint16_t *b, ptrdiff_t b_next,
                              ptrdiff_t b_low, float *c, ptrdiff_t steps, int add)
 {
@@ -162,18 +168,17 @@ VECTOR void split_by_vectors(const uint16_t *a, ptrdiff_t a_next, ptrdiff_t a_lo
             for (int group = 0; group < SIDE; group++) {
                 const uint16_t *right = b + step * tile + group * row;
                 for (int half = 0; half < 2; half++) {
-                    const __m512bh high = (__m512bh)_mm512_loadu_si512(right + half * b_next);
-                    const __m512bh low = (__m512bh)_mm512_loadu_si512(right + half * b_next + b_low);
+                    const __m512i high = _mm512_loadu_si512(right + half * b_next);
+                    const __m512i low = _mm512_loadu_si512(right + half * b_next + b_low);
                     for (int line = 0; line < LINES; line++) {
                         const uint16_t *left = rows + step * tile + line * row + group * 2;
                         int32_t two, rest;
                         memcpy(&two, left, sizeof two);
                         memcpy(&rest, left + a_low, sizeof rest);
-                        const __m512bh own = (__m512bh)_mm512_set1_epi32(two);
-                        sums[line][half] = _mm512_dpbf16_ps(sums[line][half], own, low);
-                        sums[line][half] = _mm512_dpbf16_ps(sums[line][half], own, high);
-                        sums[line][half] =
-                            _mm512_dpbf16_ps(sums[line][half], (__m512bh)_mm512_set1_epi32(rest), high);
+                        const __m512i own = _mm512_set1_epi32(two);
+                        ADD_PAIRS(sums[line][half], own, low);
+                        ADD_PAIRS(sums[line][half], own, high);
+                        ADD_PAIRS(sums[line][half], _mm512_set1_epi32(rest), high);
                     }
                 }
             }
