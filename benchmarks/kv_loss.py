@@ -39,6 +39,7 @@ from autoglm_edge.parity.rows import Differences, compare
 from autoglm_edge.parity.scoring import score_case
 from autoglm_edge.runtime.engine import Engine
 from autoglm_edge.runtime.reuse.options import ReuseOptions
+from autoglm_edge.runtime.session import Prefill
 
 PRECISIONS = ("fp32", "fp16", "int8", "int4")
 MARGINS = (1.0, 1.25, 1.5, 2.0)
@@ -89,10 +90,11 @@ def main() -> None:
     print(text)
 
 
-def score(folder: Path, cases: Sequence[Case], layout: Any) -> Row:
+def score(folder: Path, cases: Sequence[Case], layout: Any, prefill: Prefill = "auto") -> Row:
     """Divergence over the answers, and the share of cached values that were cut."""
     found, cut, count = [], 0, 0
-    with Engine.load(folder, threads=1, image_layout=layout, reuse=ReuseOptions.off()) as engine:
+    options: dict[str, Any] = {"image_layout": layout, "reuse": ReuseOptions.off()}
+    with Engine.load(folder, threads=1, prefill=prefill, **options) as engine:
         for case in cases:
             wanted = case.in_answer
             rows = score_case(engine, case, case.pictures(), wanted)
