@@ -22,7 +22,7 @@ from autoglm_edge.errors import SimulationError
 from autoglm_edge.runtime.bundle import Bundle
 from autoglm_edge.runtime.layerwise.index import LayerWeights, read_index
 from autoglm_edge.runtime.manifest import Manifest
-from autoglm_edge.runtime.native.layer import space_bytes
+from autoglm_edge.runtime.native.space import space_bytes
 from autoglm_edge.runtime.plan import PREFILL_CHUNK, ModelPlan, is_integer
 
 _SLICES = re.compile(rb"lm_head\.(\d+)\.weight")

@@ -22,9 +22,11 @@ from autoglm_edge.runtime.layerwise.blocks import Blocks
 from autoglm_edge.runtime.layerwise.index import LayerForm
 from autoglm_edge.runtime.model import Model
 from autoglm_edge.runtime.native.crew import Crew
-from autoglm_edge.runtime.native.layer import Space, Widths, rotary_angles, space_bytes
+from autoglm_edge.runtime.native.layer import rotary_angles
 from autoglm_edge.runtime.native.layers import NativeLayers, can_run_natively
+from autoglm_edge.runtime.native.space import Space, space_bytes
 from autoglm_edge.runtime.native.unit import Unit, best_unit, kernels, unit_reason
+from autoglm_edge.runtime.native.weights import Widths
 from autoglm_edge.runtime.plan import Machine, plan_model
 from autoglm_edge.runtime.session import SessionOptions
 

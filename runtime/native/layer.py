@@ -11,165 +11,20 @@ after the layer, and the cache with keys and values of these tokens. It computes
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from autoglm_edge.errors import BundleError
 from autoglm_edge.runtime.layerwise.blocks import Blocks
-from autoglm_edge.runtime.layerwise.index import AGAIN, LayerForm, LayerWeights, cut_array
-from autoglm_edge.runtime.manifest import Geometry
+from autoglm_edge.runtime.layerwise.index import LayerForm
 
 from .crew import Crew
+from .space import Space
 from .unit import Unit, kernels
-
-Floats = NDArray[np.float32]
-
-_STEM = "layer."
-_DATA = ".weight_data"
-_ROW_TILE, _DEPTH_TILE = 32, 64
-
-
-@dataclass(frozen=True)
-class Widths:
-    """Of one layer.
-
-    Attributes:
-        hidden: C.
-        heads: H.
-        kv_heads: K.
-        head_dim: D.
-        inner: between gate and down.
-        form: what the graph knows beside its weights.
-    """
-
-    hidden: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    inner: int
-    form: LayerForm
-
-    @property
-    def attended(self) -> int:
-        """Values of all heads."""
-        return self.heads * self.head_dim
-
-    @property
-    def projected(self) -> int:
-        """Values of queries, keys and values together."""
-        return self.attended + 2 * self.kv_heads * self.head_dim
-
-
-class Weights:
-    """Views of one layer's weights in the mapped data file; nothing is read."""
-
-    def __init__(self, layer: LayerWeights, data: NDArray[np.uint8]) -> None:
-        """Find them.
-
-        Raises:
-            BundleError: they are not those of a decoder layer, or lie beyond the end of the file.
-        """
-        self._matrices = {
-            matrix.weight.removeprefix(_STEM).removesuffix(_DATA): matrix.read(data)
-            for matrix in layer.matrices
-        }
-        self._vectors = {
-            vector.name.removeprefix(_STEM): cut_array(
-                data, vector.offset, (vector.length,), np.float32, vector.name
-            )
-            for vector in layer.vectors
-        }
-        slices = sorted(
-            (name for name in self._matrices if name.startswith("mlp.gate_up_proj.")),
-            key=lambda name: int(name.rpartition(".")[2]),
-        )
-        half = len(slices) // 2
-        self.gated = tuple(
-            (self.matrix(gate), self.matrix(up))
-            for gate, up in zip(slices[:half], slices[half:], strict=True)
-        )
-        self.inner = sum(gate.rows for gate, _ in self.gated)
-
-    def matrix(self, name: str) -> Blocks:
-        """A matrix by its name in the layer.
-
-        Raises:
-            BundleError: there is none.
-        """
-        found: Blocks = _found(self._matrices, name)
-        return found
-
-    def vector(self, name: str) -> Floats:
-        """A norm's weight or a bias.
-
-        Raises:
-            BundleError: there is none.
-        """
-        found: Floats = _found(self._vectors, name)
-        return found
-
-    def bias(self, name: str) -> Floats | None:
-        """The bias of a matrix, if it has one."""
-        return self._vectors.get(f"{name}.bias")
-
-    @property
-    def blocks(self) -> int:
-        """Most blocks of a row."""
-        return max(int(matrix.data.shape[1]) for matrix in self._matrices.values())
-
-
-class Space:
-    """Memory for T tokens on their way through a layer, used by one layer after another.
-
-    Attributes:
-        stream: (T, C), what layers take and give.
-        branch: (T, C).
-        projected: (T, queries, keys and values).
-        attended: (T, H D).
-        inner: (T, inner), where the two before were.
-        row_scales: (T,).
-    """
-
-    def __init__(self, widths: Widths, tokens: int, keys: int) -> None:
-        """Reserve it.
-
-        Args:
-            widths: of the layers.
-            tokens: T.
-            keys: past and new tokens.
-        """
-        self.stream = np.empty((tokens, widths.hidden), np.float32)
-        self.branch = np.empty_like(self.stream)
-        wide = np.empty(tokens * max(widths.projected + widths.attended, widths.inner), np.float32)
-        split = tokens * widths.projected
-        self.projected = wide[:split].reshape(tokens, -1)
-        self.attended = wide[split : split + tokens * widths.attended].reshape(tokens, -1)
-        self.inner = wide[: tokens * widths.inner].reshape(tokens, -1)
-        self.row_scales = np.empty(tokens, np.float32)
-        deepest = _padded(max(widths.hidden, widths.attended, widths.inner), _DEPTH_TILE)
-        self.tiles = np.empty(_padded(tokens, _ROW_TILE) * deepest, np.int8)
-        size = kernels.packed_size(keys, widths.head_dim)
-        self.packed = np.empty((widths.kv_heads, size), np.uint16)
-
-
-def space_bytes(shape: Geometry, inner: int, tokens: int, keys: int) -> int:
-    """What a `Space` takes, for forecasts.
-
-    Args:
-        shape: of the model.
-        inner: between gate and down.
-        tokens: of a piece of a prompt.
-        keys: of the whole prompt.
-    """
-    attended, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    floats = 2 * shape.hidden + max(2 * attended + 2 * kv, inner) + 1
-    tiles = _padded(tokens, _ROW_TILE) * _padded(max(shape.hidden, attended, inner), _DEPTH_TILE)
-    packed = shape.kv_heads * _padded(keys, 128) * _padded(shape.head_dim, 32) * 8  # see attention.c
-    return tokens * 4 * floats + tiles + packed
+from .weights import Floats, Weights, Widths
 
 
 @dataclass(frozen=True, eq=False)
@@ -363,26 +218,6 @@ def rotary_angles(positions: NDArray[np.int64], form: LayerForm) -> tuple[Floats
     return np.cos(angles), np.sin(angles)
 
 
-def check_widths(weights: Sequence[Weights], widths: Widths) -> None:
-    """Compare the first layer with the widths; all are alike.
-
-    Raises:
-        BundleError: they do not fit.
-    """
-    first, kv = weights[0], widths.kv_heads * widths.head_dim
-    wanted = {
-        "self_attn.q_proj": (widths.attended, widths.hidden),
-        "self_attn.k_proj": (kv, widths.hidden),
-        "self_attn.v_proj": (kv, widths.hidden),
-        "self_attn.o_proj": (widths.hidden, widths.attended),
-        "mlp.down_proj": (widths.hidden, widths.inner),
-    }
-    for name, shape in wanted.items():
-        found = first.matrix(name)
-        if (found.rows, found.columns) != shape:
-            raise BundleError(f"{name} is {found.rows} x {found.columns}, must be {shape}; {AGAIN}")
-
-
 def _given(blocks: Blocks) -> tuple[Any, ...]:
     """A matrix as the kernels take it."""
     return (
@@ -393,14 +228,3 @@ def _given(blocks: Blocks) -> tuple[Any, ...]:
         blocks.columns,
         blocks.bits,
     )
-
-
-def _found(things: dict[str, Any], name: str) -> Any:
-    try:
-        return things[name]
-    except KeyError:
-        raise BundleError(f"the layers have no {name}; {AGAIN}") from None
-
-
-def _padded(value: int, step: int) -> int:
-    return -(-value // step) * step

@@ -21,9 +21,11 @@ from autoglm_edge.runtime.cache import KVCache
 from autoglm_edge.runtime.layerwise.index import read_index
 
 from .crew import Crew
-from .layer import Layer, Space, Weights, Widths, check_widths, rotary_angles
+from .layer import Layer, rotary_angles
+from .space import Space
 from .trace import Trace
 from .unit import Unit, kernels
+from .weights import Weights, Widths, check_widths
 
 WIDEST_HEAD = 256
 """Values of a head that the kernels have room for."""
