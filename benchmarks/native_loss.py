@@ -13,9 +13,10 @@ import argparse
 import itertools
 import json
 import tempfile
+from collections.abc import Mapping
 from datetime import date
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from kv_loss import score
 
@@ -50,23 +51,29 @@ def main() -> None:
             if prefill in ("decoder", "layers", "native"):
                 found = score(folder, cases, reference.fingerprint.image_layout, prefill)
                 rows.append({"prompts": prefill, **found})
-    print("| prompts read by | mean KL, nats | ± s.e. | highest | same likeliest token |")
-    print("|---|---:|---:|---:|---:|")
-    for row in rows:
-        print(
-            f"| {row['prompts']} | {row['kl']:.2e} | {row['kl_error']:.0e} | {row['highest']:.1e} "
-            f"| {row['same_likeliest']:.2%} |"
-        )
     document = {
         "date": str(date.today()),
         "machine": this_machine().to_json(),
         "screens": len(cases),
         "rows": rows,
     }
+    print(markdown(document))
     text = json.dumps(rounded(document, 4))
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(text + "\n", encoding="utf-8")
     print(text)
+
+
+def markdown(document: Mapping[str, Any]) -> str:
+    """A line per way."""
+    lines = ["| prompts read by | mean KL, nats | ± s.e. | highest | same likeliest token |"]
+    lines.append("|---|---:|---:|---:|---:|")
+    for row in document["rows"]:
+        lines.append(
+            f"| {row['prompts']} | {row['kl']:.2e} | {row['kl_error']:.0e} | {row['highest']:.1e} "
+            f"| {row['same_likeliest']:.2%} |"
+        )
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

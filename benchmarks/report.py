@@ -44,6 +44,8 @@ NAMES = (
     "lookup",
     "serving",
     "soak",
+    "native_kernels",
+    "native_loss",
 )
 
 

@@ -12,6 +12,8 @@ from typing import Any
 from agent_step import table as agent_table
 from compare_report import markdown as compare_table
 from lookup import table as lookup_table
+from native_kernels import markdown as kernels_table
+from native_loss import markdown as kernels_loss_table
 from report_pieces import BENCHES, MISSING, Results, gigabytes, layers_of, memory, table, where
 from report_targets import targets
 from serving import table as serving_table
@@ -30,6 +32,8 @@ def sections(results: Results, without: Results) -> dict[str, str]:
         "bench": benches(results),
         "profile": profiles(results),
         "compare": compared(results),
+        "kernels": kernels(results),
+        "kernels-loss": kernels_loss(results),
         "agent": agent(results),
         "lookup": lookup(results),
         "serving": serving(results),
@@ -161,6 +165,20 @@ def _compared(document: Mapping[str, Any]) -> str:
 
 def _rounds(count: int) -> str:
     return "1 round" if count == 1 else f"{count} rounds"
+
+
+def kernels(results: Results) -> str:
+    """The compiled kernels beside onnxruntime's."""
+    document = results.get("native_kernels")
+    return MISSING if document is None else f"{where(document)}\n\n{kernels_table(document)}"
+
+
+def kernels_loss(results: Results) -> str:
+    """What ways of reading prompts lose."""
+    document = results.get("native_loss")
+    if document is None:
+        return MISSING
+    return f"{where(document)} {document['screens']} screens.\n\n{kernels_loss_table(document)}"
 
 
 def agent(results: Results) -> str:
