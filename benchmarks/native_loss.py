@@ -68,11 +68,11 @@ def markdown(document: Mapping[str, Any]) -> str:
     """A line per way."""
     lines = ["| prompts read by | mean KL, nats | ± s.e. | highest | same likeliest token |"]
     lines.append("|---|---:|---:|---:|---:|")
-    for row in document["rows"]:
-        lines.append(
-            f"| {row['prompts']} | {row['kl']:.2e} | {row['kl_error']:.0e} | {row['highest']:.1e} "
-            f"| {row['same_likeliest']:.2%} |"
-        )
+    lines += [
+        f"| {row['prompts']} | {row['kl']:.2e} | {row['kl_error']:.0e} | {row['highest']:.1e} "
+        f"| {row['same_likeliest']:.2%} |"
+        for row in document["rows"]
+    ]
     return "\n".join(lines)
 
 
