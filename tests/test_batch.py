@@ -588,7 +588,8 @@ def test_answers_of_the_embedded_model_together_are_those_it_gives_alone(pocket:
 
 
 @pytest.mark.parametrize(
-    ("precision", "prefill"), [("int4", "layers"), ("int4", "decoder"), ("int8", "auto")]
+    ("precision", "prefill"),
+    [("int4", "auto"), ("int4", "layers"), ("int4", "decoder"), ("int8", "auto")],
 )
 def test_the_embedded_model_reads_short_prompts_first_and_answers_as_ever(
     bundle_of: Callable[..., Path], precision: str, prefill: Prefill, monkeypatch: pytest.MonkeyPatch

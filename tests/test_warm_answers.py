@@ -16,8 +16,11 @@ from autoglm_edge.runtime.answer import Clock
 from autoglm_edge.runtime.bundle import Bundle
 from autoglm_edge.runtime.engine import Engine
 from autoglm_edge.runtime.machine.integers import integers
+from autoglm_edge.runtime.native.unit import Unit, best_unit
 from autoglm_edge.runtime.reuse.options import ReuseOptions
 from autoglm_edge.runtime.session import SessionOptions
+
+needs_matrices = pytest.mark.skipif(best_unit() < Unit.MATRICES, reason="no AMX here")
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +123,7 @@ def test_scores_after_reuse_are_those_of_a_cold_run(warm: Engine, fresh: Engine)
     [
         ("int4", {}, "decoder"),
         ("int4", {}, "layers"),
+        pytest.param("int4", {}, "native", marks=needs_matrices),
         ("int4", {"prefill": "int8"}, "integer"),
         ("int8", {}, "decoder"),
         ("int8-blocks", {}, "decoder"),
