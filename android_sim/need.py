@@ -358,9 +358,7 @@ def _prompt(manifest: Manifest, plan: ModelPlan, question: Question, sizes: Widt
             Item("prefill graph", "mapped", ("prefill",), weights, swept=True),
             Item("prefill graph", "mapped", ("decode",), weights),
         ]
-    elif (
-        not by_decoder and plan.prefill in ("layers", "native") and plan.weights != "mapped"
-    ):  # else they are those that are counted already
+    elif not by_decoder and plan.takes_breaks and plan.weights != "mapped":  # else they are counted already
         stored = manifest.parts["decoder"].weight_bytes
         items.append(Item("decoder weights, expanded from", "mapped", ("prefill", "decode"), stored))
     return items

@@ -169,6 +169,12 @@ def _soak(options: argparse.Namespace) -> None:
     _keep(options, "soak", [sys.executable, str(ROOT / "scripts" / "soak_server.py")])
 
 
+def _native_kernels(options: argparse.Namespace) -> None:
+    """Where there is AMX; elsewhere the script says that there is none."""
+    output = str(options.results / "native_kernels.json")
+    _last_line([sys.executable, str(HERE / "native_kernels.py"), "-o", output])
+
+
 RUNS: dict[str, Callable[[argparse.Namespace], None]] = {
     "full_size": _full_size,
     **{f"bench-{name}": _bench(name) for name in BUNDLES},
@@ -178,6 +184,7 @@ RUNS: dict[str, Callable[[argparse.Namespace], None]] = {
     "lookup": _lookup,
     "serving": _serving,
     "soak": _soak,
+    "native_kernels": _native_kernels,
 }
 
 

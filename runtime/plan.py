@@ -21,7 +21,7 @@ from .machine.topology import choose_threads
 from .manifest import Manifest
 from .native.layers import can_run_natively
 from .native.unit import Unit, best_unit, unit_reason
-from .session import SessionOptions
+from .session import PromptReader, SessionOptions
 
 PREPARE_FROM_BYTES = 1_000_000_000
 """Least weights of a decoder that are prepared without being asked for: smaller ones pack in a second."""
@@ -39,9 +39,6 @@ NATIVE_CHUNK = 2048
 expanded once per piece, which takes as long as some 100 tokens."""
 PREPARED_PARTS = ("decoder", "vision")
 """The embedding packs nothing, and the prefill graph runs well from its own file."""
-
-
-PromptReader = Literal["native", "integer", "layers", "decoder"]
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,8 @@ from .machine.topology import choose_threads
 
 Device = Literal["cpu", "cuda"]
 Weights = Literal["auto", "mapped", "packed", "prepared"]
-Prefill = Literal["auto", "native", "integer", "layers", "decoder"]
+PromptReader = Literal["native", "integer", "layers", "decoder"]
+Prefill = Literal["auto", PromptReader]
 PROVIDERS: dict[str, str] = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 MAX_THREADS = 1024
 MAPPED = {"session.disable_prepacking": "1"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -564,8 +565,6 @@ def test_a_forecast_of_their_memory_is_what_they_take(bundle: Bundle) -> None:
 
 
 def machine(unit: Unit) -> Machine:
-    import dataclasses
-
     from autoglm_edge.runtime.machine.integers import Integers
 
     good = Machine(24_000_000_000, Integers(True, True, "amx_int8"), lambda part: False, lambda part: "")
@@ -637,8 +636,6 @@ def test_a_form_that_cannot_be_is_refused(
 
 
 def test_widths_that_are_not_those_of_the_weights_are_refused(bundle: Bundle) -> None:
-    import dataclasses
-
     shape = dataclasses.replace(bundle.manifest.geometry, kv_heads=1)
     manifest = dataclasses.replace(bundle.manifest, geometry=shape)
 

@@ -137,6 +137,8 @@ class LayerForm:
 
     def __post_init__(self) -> None:
         pairs = self.mrope_section
+        if not all(isinstance(count, int) and not isinstance(count, bool) for count in pairs):
+            raise BundleError(f"mrope_section is {list(pairs)}, must be three integers; {AGAIN}")
         if len(pairs) != 3 or min(pairs) < 0 or 2 * sum(pairs) != self.rotary_dim:
             raise BundleError(f"mrope_section is {list(pairs)}, rotary_dim {self.rotary_dim}; {AGAIN}")
         if not (0 < self.norm_eps < 1 and 0 < self.rope_theta < math.inf):
@@ -149,21 +151,10 @@ class LayerForm:
         Raises:
             BundleError: it is something else.
         """
-        found = _built(_StoredForm, entry)
-        pairs = found.mrope_section
-        if not all(isinstance(count, int) and not isinstance(count, bool) for count in pairs):
-            raise BundleError(f"mrope_section is {pairs}, must be three integers; {AGAIN}")
-        return cls(found.norm_eps, found.rope_theta, found.rotary_dim, tuple(pairs))
-
-
-@dataclass(frozen=True)
-class _StoredForm:
-    """A form before its values are checked."""
-
-    norm_eps: float
-    rope_theta: float
-    rotary_dim: int
-    mrope_section: list[int]
+        if isinstance(entry, dict) and isinstance(entry.get("mrope_section"), list):
+            entry = entry | {"mrope_section": tuple(entry["mrope_section"])}
+        found: LayerForm = _built(cls, entry)
+        return found
 
 
 @dataclass(frozen=True)
@@ -238,7 +229,7 @@ def cut_array(
 
 def _built(kind: Any, entry: Any) -> Any:
     """A record from JSON; every field there, of its type, and no other."""
-    hints = {"str": str, "int": int, "float": float, "list[int]": list}
+    hints = {"str": str, "int": int, "float": float, "tuple[int, ...]": tuple}
     wanted = {name: hints[hint] for name, hint in kind.__annotations__.items()}
     if not isinstance(entry, dict) or entry.keys() != wanted.keys():
         raise BundleError(f"an entry has the keys {sorted(entry)}, must have {sorted(wanted)}; {AGAIN}")
